@@ -1,0 +1,96 @@
+"""The words two parts of the program agree on: batches, features, tasks, datasets, transforms.
+
+A batch is a flat dictionary of arrays. The names below are the only place a format is stated:
+
+    image         [B, H, W, 3] float32, standardised
+    valid         [B] bool, False on rows that only pad the last batch or whose picture is broken
+    index         [B] int64, the example's place in its dataset, -1 on padding; stays on the host
+    label         [B] int32
+    label_probs   [B, K] float32, the targets after mixup or cutmix
+    image_mask    [B, H, W] bool, True on real pixels
+    boxes         [B, M, 4] float32 (cx, cy, w, h) as fractions of the unpadded image
+    box_label     [B, M] int32, -1 is padding
+    segmentation  [B, H, W] int32, 255 is ignored
+    tokens        [B, T] int32, 0 is padding
+    patch_mask    [B, h, w] bool, True is hidden
+
+A model's `__call__(self, image, *, train)` names the batch entries it reads, and sees no others.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import flax.struct
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+Batch = dict[str, Array]
+Example = dict[str, Any]
+Outputs = Any  # what the model's docstring says: logits [B, K] for a classifier
+Sums = dict[str, Array]  # numbers that add over batches and hosts; "count" is what divides the loss
+Predictions = dict[str, Array]  # arrays whose first axis is the batch
+Transform = Callable[[Example, np.random.Generator], Example]
+
+HOST_KEYS = frozenset({"index"})  # batch entries that never travel to the device
+
+
+@flax.struct.dataclass
+class Features:
+    """What every backbone returns, so that any head can stand on it.
+
+    Attributes:
+      maps: feature maps [B, h, w, C], fine to coarse.
+      pooled: the global description [B, C]: a class token or a mean.
+    """
+
+    maps: tuple[Array, ...]
+    pooled: Array
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """A deterministic sequence of examples, in numpy.
+
+    An example holds `image` (uint8 [H, W, 3], or the bytes of a picture file, decoded later) and
+    what the task wants, such as `label`. Reading a broken example raises `DataError`.
+
+    Attributes:
+      class_names: one name for each label.
+    """
+
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Example: ...
+    def name(self, index: int) -> str:
+        """What a person calls the example: a file's path, or the dataset's name and the index."""
+        ...
+
+
+class Task(Protocol):
+    """What to learn and how to measure it: a frozen dataclass of plain numbers.
+
+    Attributes:
+      headline: the number that ranks checkpoints; lower is better if it ends in "loss".
+    """
+
+    headline: str
+
+    def score(self, outputs: Outputs, batch: Batch) -> tuple[jax.Array, Sums]:
+        """The mean loss over the valid rows, and sums that add; `count` divides the loss."""
+        ...
+
+    def predict(self, outputs: Outputs, batch: Batch) -> Predictions:
+        """What a person reads: labels with probabilities, boxes, masks, captions."""
+        ...
+
+    def summarize(self, sums: Sums, predictions: list[Predictions] | None = None) -> dict:
+        """Sums of a whole split -> numbers: the only place where a ratio is taken."""
+        ...
+
+    def draw(
+        self, image: np.ndarray, example: Example, prediction: Predictions, names: tuple[str, ...]
+    ) -> tuple[np.ndarray, str, bool]:
+        """One uint8 picture with its prediction -> (picture, title, whether it is right)."""
+        ...

@@ -1,0 +1,126 @@
+"""Scaled dot-product attention: the only softmax(q k) of the project."""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+from vit_jax.contracts import Array
+
+MASKED = -1e30  # finite, so that a row without any visible key gives numbers, not NaN
+
+
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    scale: float,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    dropout: nn.Module | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of Vaswani et al. 2017 (arXiv:1706.03762), eq. 1, over any leading axes.
+
+    The heads move to a batch axis first, the query is scaled before the product and the sum of the
+    softmax divides after it: the same numbers, in the order that needs the fewest passes over the
+    [N, M] weights, which is what a CPU pays for. The softmax is float32 in any dtype.
+
+    Args:
+      query: [..., N, A, D].
+      key: [..., M, A, D].
+      value: [..., M, A, D].
+      scale: multiplies the query.
+      bias: added to the logits; broadcasts to [..., A, N, M].
+      mask: bool, True where a query sees a key; broadcasts to [..., A, N, M].
+      dropout: drops weights.
+
+    Returns:
+      The attended values [..., N, A, D] and the weights [..., A, N, M], which cost nothing where
+      they are not used.
+    """
+    query = rearrange(query * scale, "... n a d -> ... a n d")
+    key = rearrange(key, "... m a d -> ... a m d")
+    value = rearrange(value, "... m a d -> ... a m d")
+    logits = jnp.einsum("...nd,...md->...nm", query, key, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits = logits + jnp.broadcast_to(bias, logits.shape)
+    if mask is not None:
+        logits = jnp.where(mask, logits, MASKED)
+    peak = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    weights = jnp.exp(logits - peak)  # [..., A, N, M], not yet normalised
+    total = weights.sum(-1, keepdims=True)
+    kept = weights if dropout is None else dropout(weights)
+    out = jnp.einsum("...nm,...md->...nd", kept.astype(value.dtype), value)
+    out = out / total.astype(out.dtype)
+    return rearrange(out, "... a n d -> ... n a d"), weights / total
+
+
+class Attention(nn.Module):
+    """Multi-head attention with projections: Vaswani et al. 2017, section 3.2.2.
+
+    The weights [..., A, N, M] are sown as `attention_weights` where the caller makes
+    `intermediates` mutable.
+
+    Attributes:
+      heads: A.
+      scale: of the logits; None is 1/sqrt(D/A). CvT divides by sqrt(D).
+      qkv_bias: whether the three projections have a bias.
+      dropout: rate on the weights.
+      dtype: of the computation; parameters stay float32.
+    """
+
+    heads: int
+    scale: float | None = None
+    qkv_bias: bool = True
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        query: Array,
+        key: Array | None = None,
+        value: Array | None = None,
+        *,
+        bias: Array | None = None,
+        mask: Array | None = None,
+        train: bool,
+    ) -> jax.Array:
+        """[..., N, D], [..., M, D], [..., M, D] -> [..., N, D]; self-attention without `key`.
+
+        Raises:
+          ValueError: if the heads do not divide D.
+        """
+        key = query if key is None else key
+        value = key if value is None else value
+        width = query.shape[-1]
+        if width % self.heads:
+            raise ValueError(f"heads={self.heads} must divide the width {width}")
+
+        def project(x: Array, name: str) -> jax.Array:
+            x = nn.Dense(
+                width,
+                use_bias=self.qkv_bias,
+                dtype=self.dtype,
+                kernel_init=nn.initializers.xavier_uniform(),
+                name=name,
+            )(x)
+            return rearrange(x, "... n (a d) -> ... n a d", a=self.heads)
+
+        scale = (width // self.heads) ** -0.5 if self.scale is None else self.scale
+        dropout = nn.Dropout(self.dropout, deterministic=not train) if self.dropout else None
+        out, weights = attend(
+            project(query, "query"),
+            project(key, "key"),
+            project(value, "value"),
+            scale=scale,
+            bias=bias,
+            mask=mask,
+            dropout=dropout,
+        )
+        self.sow("intermediates", "attention_weights", weights)
+        out = rearrange(out, "... n a d -> ... n (a d)")
+        return nn.Dense(
+            width, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="out"
+        )(out)

@@ -1,0 +1,143 @@
+"""What transformer blocks are made of: MLP, drop path, the pre-norm block, stacks of blocks."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vit_jax.contracts import Array
+from vit_jax.layers.attention import Attention
+
+# The flavours of GELU differ by up to 2e-2: a checkpoint agrees only with the one it was trained on.
+ACTIVATIONS = {
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_tanh": partial(nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "relu": nn.relu,
+}
+
+
+def activation(name: str) -> Callable[[Array], jax.Array]:
+    """The activation of that name; ValueError names the valid ones."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation={name!r} is none of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class Mlp(nn.Module):
+    """Two dense layers with an activation between them, applied to each token.
+
+    Attributes:
+      hidden: width between the two.
+      activation: a name of `ACTIVATIONS`.
+      dropout: rate after each layer.
+    """
+
+    hidden: int
+    activation: str = "gelu"
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        dense = partial(
+            nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform()
+        )
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        hidden = drop(activation(self.activation)(dense(self.hidden, name="fc1")(x)))
+        return drop(dense(x.shape[-1], name="fc2")(hidden))
+
+
+class DropPath(nn.Module):
+    """Drops a residual branch for whole examples.
+
+    Huang et al. 2016 (arXiv:1603.09382), section 3; the survivors are scaled up in training, so
+    that nothing changes in evaluation.
+    """
+
+    @nn.compact
+    def __call__(self, x: Array, rate: float | Array, *, train: bool) -> jax.Array:
+        """[B, ...] -> [B, ...]; `rate` in [0, 1) may be traced, so that a scan can vary it."""
+        if not train or (isinstance(rate, (int, float)) and rate == 0):
+            return x
+        keep = 1.0 - rate
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
+        return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
+
+
+class EncoderBlock(nn.Module):
+    """The pre-norm block of ViT: Dosovitskiy et al. 2021 (arXiv:2010.11929), eq. 2 and 3."""
+
+    heads: int
+    mlp_ratio: float = 4.0
+    activation: str = "gelu"
+    epsilon: float = 1e-6
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, drop_path: float | Array = 0.0, *, train: bool) -> jax.Array:
+        """[B, N, D] -> [B, N, D]; `drop_path` is this block's rate."""
+        norm = partial(nn.LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
+        y = Attention(
+            self.heads, dropout=self.attention_dropout, dtype=self.dtype, name="attention"
+        )(norm(name="norm1")(x), train=train)
+        y = nn.Dropout(self.dropout, deterministic=not train)(y)
+        x = x + DropPath(name="drop_path1")(y, drop_path, train=train)
+        y = Mlp(
+            int(x.shape[-1] * self.mlp_ratio),
+            self.activation,
+            self.dropout,
+            dtype=self.dtype,
+            name="mlp",
+        )(norm(name="norm2")(x), train=train)
+        return x + DropPath(name="drop_path2")(y, drop_path, train=train)
+
+
+def drop_path_rates(rate: float, depth: int) -> tuple[float, ...]:
+    """0 at the first block, `rate` at the last, on a line between: Huang et al. 2016, eq. 4."""
+    return tuple(rate * i / max(depth - 1, 1) for i in range(depth))
+
+
+def apply_blocks(
+    block: Callable[..., nn.Module],
+    x: jax.Array,
+    rates: Sequence[float],
+    *,
+    scan: bool = False,
+    remat: bool = False,
+    train: bool,
+) -> jax.Array:
+    """Runs `x` through one block for each drop-path rate; call it inside a compact method.
+
+    Args:
+      block: makes a module from `name`; the module maps (x, rate, train=) to x of equal shape.
+      x: [B, ...].
+      rates: drop-path rate of each block; equal blocks only.
+      scan: compiles one block and loops over it. Parameters then lie in `blocks` with a leading
+        axis [L, ...]; otherwise in `block_0`, `block_1`, ...
+      remat: recomputes each block's activations in the backward pass instead of keeping them.
+      train: whether dropout and drop path act.
+    """
+
+    def body(module: nn.Module, carry: jax.Array, rate: float | Array) -> tuple[jax.Array, None]:
+        return module(carry, rate, train=train), None
+
+    step = nn.remat(body, prevent_cse=not scan) if remat else body
+    if not scan:
+        for i, rate in enumerate(rates):
+            x, _ = step(block(name=f"block_{i}"), x, rate)
+        return x
+    loop = nn.scan(
+        step,
+        variable_axes={"params": 0, "batch_stats": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True},
+        length=len(rates),
+    )
+    x, _ = loop(block(name="blocks"), x, jnp.asarray(rates, jnp.float32))
+    return x
