@@ -1,0 +1,191 @@
+"""What the architectures' configs share: every key there is, and the recipes' data.
+
+A config starts from `base()`, which is locked: a misspelt key stops it instead of being ignored.
+"""
+
+import difflib
+from collections.abc import Callable
+
+from ml_collections import ConfigDict, config_dict
+
+DIGITS = {"mean": (0.3053, 0.3053, 0.3053), "std": (0.3760, 0.3760, 0.3760)}
+CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+
+def base() -> ConfigDict:
+    """Every key with its default; 0 is "none" where a number may be absent. Locked."""
+    config = ConfigDict()
+    config.seed = 0
+    config.batch_size = 64  # of one update, over all devices
+    # How long: the first of steps, examples and epochs that is not 0 counts.
+    config.steps = 0
+    config.examples = 0
+    config.epochs = 0.0
+    config.eval_every = 0  # steps; 0 is once an epoch
+    config.checkpoint_every = 0  # steps; 0 is with each evaluation
+    config.log_every = 0  # steps; 0 is about four times an epoch
+    config.learning_rate = 1e-3
+    config.accumulate = 1  # parts of a batch, one after the other: less memory, same update
+    config.ema = 0.0  # decay of the running mean of the parameters
+    config.image_size = 32
+    config.dtype = "float32"  # of the computation; parameters are always float32
+    config.schedule = ConfigDict(
+        {
+            "name": "cosine",  # or linear, constant
+            "warmup_steps": 0,
+            "warmup_examples": 0,
+            "warmup_epochs": 0.0,
+            "warmup_from": 0.0,
+            "final": 0.0,
+        }
+    )
+    config.optimizer = ConfigDict(
+        {
+            "name": "adamw",  # or sgd, lamb, adafactor
+            "weight_decay": 0.05,
+            "clip": 1.0,  # of the global gradient norm; 0 is off
+            "b1": 0.9,
+            "b2": 0.999,
+            "epsilon": 1e-8,
+            "momentum": 0.9,
+            "nesterov": False,
+            # Pattern of parameter names without weight decay; None is biases, norms, tokens, positions.
+            "no_decay": config_dict.placeholder(str),
+            "freeze": "",  # pattern of parameter names that stay as they are
+            "layer_decay": 1.0,  # each earlier layer learns this much slower
+            "lr_scale": (),  # ((pattern, factor), ...)
+        }
+    )
+    config.checkpoint = ConfigDict({"keep_last": 2, "keep_best": 1})
+    config.data = ConfigDict(
+        {
+            "name": "digits",  # a file of vit_jax/data, or the name of a TFDS dataset
+            "data_dir": "",
+            "options": ConfigDict(),  # what that dataset's `open` takes besides
+            "max_pixels": 178_956_970,  # larger pictures are refused before they are decoded
+            "on_broken": "skip",  # or stop
+            "threads": 2,
+            "workers": 0,  # processes that read and transform; 0 is threads only
+        }
+    )
+    config.train = ConfigDict({"transforms": (), "mix": ConfigDict()})
+    config.eval = ConfigDict({"transforms": ()})
+    config.task = ConfigDict(
+        {"target": "tasks.classification.Classification", "label_smoothing": 0.0}
+    )
+    config.model = ConfigDict()
+    return config.lock()
+
+
+def classifier(config: ConfigDict, size: str, **backbone) -> None:
+    """Sets the model: a linear head on a named size, or on a class with its arguments."""
+    with config.unlocked():
+        config.model = ConfigDict(
+            {
+                "target": "models.classifier.Classifier",
+                "num_classes": 0,  # as many as the data has
+                "dtype": config.get_ref("dtype"),
+                "backbone": {
+                    "target": f"models.{size}",
+                    "drop_path": 0.0,
+                    "dropout": 0.0,
+                    "attention_dropout": 0.0,
+                    "dtype": config.get_ref("dtype"),
+                    "scan": False,
+                    "remat": False,
+                },
+            }
+        )
+        config.model.backbone.update(backbone)
+
+
+def standardize(statistics: dict) -> ConfigDict:
+    return ConfigDict({"target": "data.transforms.Standardize", **statistics})
+
+
+def step(name: str, **arguments) -> ConfigDict:
+    """One transform of `vit_jax/data/transforms.py`."""
+    return ConfigDict({"target": f"data.transforms.{name}", **arguments})
+
+
+def digits(config: ConfigDict, image_size: int) -> None:
+    """scikit-learn's 1,797 handwritten digits of 8x8, enlarged; 20 % held out."""
+    config.data.name = "digits"
+    config.image_size = image_size
+    size = config.get_ref("image_size")
+    config.train.transforms = (
+        step("RandomCrop", size=8, padding=1),
+        step("Resize", size=(size, size)),
+        standardize(DIGITS),
+    )
+    config.eval.transforms = (step("Resize", size=(size, size)), standardize(DIGITS))
+
+
+def folder(config: ConfigDict, image_size: int) -> None:
+    """Pictures of one's own in `data.data_dir`, one sub-folder a class."""
+    config.data.name = "folder"
+    config.image_size = image_size
+    size = config.get_ref("image_size")
+    config.train.transforms = (
+        step("RandomResizedCrop", size=size, scale=(0.35, 1.0)),
+        step("RandomFlip"),
+        step("ColorJitter", brightness=0.3, contrast=0.3, saturation=0.3),
+        standardize(IMAGENET),
+    )
+    config.eval.transforms = (step("ResizeCenterCrop", size=size), standardize(IMAGENET))
+
+
+def cifar10(config: ConfigDict) -> None:
+    """CIFAR-10 (Krizhevsky 2009) through TFDS: 50,000 + 10,000 pictures of 32x32."""
+    config.data.name = "cifar10"
+    config.image_size = 32
+    config.train.transforms = (
+        step("RandomCrop", size=32, padding=4),
+        step("RandomFlip"),
+        standardize(CIFAR10),
+    )
+    config.eval.transforms = (standardize(CIFAR10),)
+
+
+def imagenet(config: ConfigDict, statistics: dict, *, crop: float, mixing: bool = True) -> None:
+    """ImageNet-1k (ILSVRC 2012) through TFDS, with the augmentation of DeiT, Swin and CvT."""
+    config.data.name = "imagenet2012"
+    config.image_size = 224
+    config.data.threads = 16
+    size = config.get_ref("image_size")
+    config.train.transforms = (
+        step("RandomResizedCrop", size=size, interpolation="bicubic"),
+        step("RandomFlip"),
+        step("RandAugment", layers=2, magnitude=9, std=0.5),
+        standardize(statistics),
+        step("RandomErasing", probability=0.25),
+    )
+    config.eval.transforms = (
+        step("ResizeCenterCrop", size=size, crop=crop, interpolation="bicubic"),
+        standardize(statistics),
+    )
+    config.task.label_smoothing = 0.1
+    if mixing:
+        with config.unlocked():
+            config.train.mix = ConfigDict(
+                {"target": "data.transforms.MixUpCutMix", "mixup": 0.8, "cutmix": 1.0}
+            )
+
+
+def tiny(config: ConfigDict) -> None:
+    """Two steps of any recipe, for tests."""
+    config.steps, config.batch_size = 2, 8
+    config.eval_every = config.checkpoint_every = 2
+
+
+def choose(recipe: str, recipes: dict[str, Callable[[ConfigDict], None]]) -> ConfigDict:
+    """A locked config after the recipe of that name; ValueError names the others."""
+    if recipe not in recipes:
+        close = difflib.get_close_matches(recipe, recipes, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"Valid: {', '.join(recipes)}."
+        raise ValueError(f"there is no recipe {recipe!r}. {hint}")
+    config = base()
+    recipes[recipe](config)
+    return config.lock()

@@ -1,0 +1,107 @@
+"""ViT: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words" (arXiv:2010.11929).
+
+    python -m vit_jax.main --config=configs/vit.py            the digits, about a minute on two cores
+    python -m vit_jax.main --config=configs/vit.py:cifar10    10 epochs of CIFAR-10
+    python -m vit_jax.main --config=configs/vit.py:folder --config.data.data_dir=my_pictures
+    python -m vit_jax.main --config=configs/vit.py:imagenet   S/16 as in "Better plain ViT baselines"
+
+Numbers: README.md and experiments/cifar10. ImageNet: 76.5 % after 90 epochs in Beyer et al. 2022
+(arXiv:2205.01580, table 1); ours not run.
+"""
+
+from configs import common
+
+
+def get_config(recipe: str = "digits"):
+    """The config of a recipe: digits, folder, cifar10, imagenet or tiny."""
+    return common.choose(
+        recipe,
+        {"digits": digits, "folder": folder, "cifar10": cifar10, "imagenet": imagenet, "tiny": tiny},
+    )
+
+
+def digits(config):
+    """8x8 pictures enlarged to 16x16, cut into 16 patches."""
+    common.digits(config, image_size=16)
+    common.classifier(
+        config,
+        "vit.ViT",
+        patch=4,
+        width=64,
+        depth=4,
+        heads=4,
+        mlp_ratio=2.0,
+        pooling="mean",
+        image_size=config.get_ref("image_size"),
+    )
+    config.epochs, config.learning_rate = 40.0, 2e-3
+    config.schedule.warmup_epochs = 3.0
+
+
+def tiny(config):
+    """Two steps of a small one."""
+    digits(config)
+    common.tiny(config)
+    config.model.backbone.update({"width": 16, "depth": 1, "heads": 2})
+
+
+def cifar10(config):
+    """The network of a study notebook: patch 4, width 64, 6 blocks, 8 heads, 10 epochs."""
+    common.cifar10(config)
+    common.classifier(
+        config,
+        "vit.ViT",
+        patch=4,
+        width=64,
+        depth=6,
+        heads=8,
+        pooling="mean",
+        image_size=config.get_ref("image_size"),
+    )
+    config.batch_size, config.epochs, config.learning_rate = 128, 10.0, 3e-3
+    config.schedule.warmup_epochs = 1.0
+    config.ema = 0.998
+
+
+def folder(config):
+    """A small ViT from scratch on pictures of one's own."""
+    common.folder(config, image_size=64)
+    common.classifier(
+        config,
+        "vit.ViT",
+        patch=8,
+        width=128,
+        depth=6,
+        heads=4,
+        pooling="mean",
+        image_size=config.get_ref("image_size"),
+    )
+    config.epochs, config.batch_size, config.learning_rate = 30.0, 32, 1e-3
+    config.schedule.warmup_epochs = 2.0
+    config.task.label_smoothing = 0.1
+
+
+def imagenet(config):
+    """S/16, 90 epochs: Beyer et al. 2022, section 2; 76.5 % there, ours not run."""
+    common.imagenet(config, common.HALF, crop=0.875, mixing=False)
+    common.classifier(
+        config,
+        "vit.vit_s16",
+        pooling="mean",
+        positions="sincos",
+        image_size=config.get_ref("image_size"),
+    )
+    config.model.num_classes = 1000
+    size = config.get_ref("image_size")
+    config.train.transforms = (
+        common.step("RandomResizedCrop", size=size, scale=(0.05, 1.0)),
+        common.step("RandomFlip"),
+        common.step("RandAugment", layers=2, magnitude=10, std=0.0),
+        common.standardize(common.HALF),
+    )
+    with config.unlocked():
+        config.train.mix = {"target": "data.transforms.MixUpCutMix", "mixup": 0.2, "cutmix": 0.0}
+    config.task.label_smoothing = 0.0
+    config.batch_size, config.epochs, config.learning_rate = 1024, 90.0, 1e-3
+    config.schedule.warmup_steps = 10_000
+    config.optimizer.weight_decay = 1e-4 / 1e-3  # decoupled from the learning rate in the paper

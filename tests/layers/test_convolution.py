@@ -1,0 +1,113 @@
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax.layers.convolution import DepthwiseConv, depthwise_conv
+
+# B, H, W, C, kernel, stride, padding: odd sizes, sizes that stride does not divide, single pixels.
+CASES = [
+    (2, 7, 10, 5, 3, 1, 1),
+    (1, 7, 10, 5, 3, 2, 1),
+    (3, 8, 9, 4, 3, 2, 1),
+    (2, 6, 11, 4, 5, 2, 2),
+    (2, 9, 8, 4, 2, 3, 0),
+    (1, 1, 1, 3, 3, 2, 1),
+    (1, 1, 4, 3, 3, 1, 1),
+]
+
+
+def grouped(x, kernel, stride, padding):
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        [(padding, padding)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+    )
+
+
+def inputs(case, seed=0):
+    b, h, w, c, k, _, _ = case
+    keys = jax.random.split(jax.random.key(seed))
+    return jax.random.normal(keys[0], (b, h, w, c)), jax.random.normal(keys[1], (k, k, 1, c))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_grouped_convolution_in_value_and_both_gradients(case):
+    *_, stride, padding = case
+    x, kernel = inputs(case)
+    wanted, pull_wanted = jax.vjp(lambda x, k: grouped(x, k, stride, padding), x, kernel)
+    got, pull_got = jax.vjp(lambda x, k: depthwise_conv(x, k, stride, padding), x, kernel)
+    chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-5)
+    direction = jax.random.normal(jax.random.key(7), wanted.shape)
+    chex.assert_trees_all_close(pull_got(direction), pull_wanted(direction), rtol=1e-5, atol=1e-5)
+
+
+def test_each_output_is_the_sum_of_its_neighbours_times_the_kernel():
+    x = jnp.arange(12.0).reshape(1, 3, 4, 1)
+    kernel = jnp.arange(9.0).reshape(3, 3, 1, 1)
+    out = depthwise_conv(x, kernel, 1, 1)
+    assert out.shape == (1, 3, 4, 1)
+    # Rows 0-2, columns 1-3 of the image, not flipped.
+    assert out[0, 1, 2, 0] == sum(
+        k * pixel for k, pixel in enumerate([1, 2, 3, 5, 6, 7, 9, 10, 11])
+    )
+    # The corner meets the kernel's lower right part only.
+    assert out[0, 0, 0, 0] == 4 * 0 + 5 * 1 + 7 * 4 + 8 * 5
+
+
+def test_the_form_is_chosen_by_the_platform_a_program_is_lowered_for():
+    x, kernel = inputs((2, 5, 7, 4, 3, 1, 1))
+    traced = jax.jit(lambda x, k: jax.vjp(partial(depthwise_conv, padding=1), x, k)[0]).trace(
+        x, kernel
+    )
+    assert "convolution" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "convolution" in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_works_under_vmap_scan_and_remat():
+    case = (2, 5, 6, 3, 3, 2, 1)
+    x, kernel = inputs(case)
+    stack = jnp.stack([x, 2 * x, -x])
+
+    def loss(conv, kernel, x):
+        return jnp.sin(conv(x, kernel, 2, 1)).sum()
+
+    def total(conv, wrap, kernel):
+        def add(carry, x):
+            return carry + wrap(partial(loss, conv))(kernel, x), None
+
+        return jax.lax.scan(add, 0.0, stack)[0]
+
+    wanted = jax.grad(partial(total, grouped, lambda f: f))(kernel)
+    got = jax.jit(jax.grad(partial(total, depthwise_conv, jax.checkpoint)))(kernel)
+    each = jax.vmap(jax.grad(partial(loss, depthwise_conv)), (None, 0))(kernel, stack)
+    chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(each.sum(0), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_is_rounded_once_and_gradients_keep_their_dtypes():
+    x, kernel = inputs((2, 6, 5, 4, 3, 1, 1))
+    x = x.astype(jnp.bfloat16)
+    out, pull = jax.vjp(lambda x, k: depthwise_conv(x, k, 1, 1), x, kernel)
+    exact = grouped(x.astype(jnp.float32), kernel, 1, 1)
+    assert out.dtype == jnp.bfloat16
+    # Half a unit in the last of bfloat16's 8 bits: sums of nine rounded terms would be further off.
+    chex.assert_trees_all_close(out.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)
+    for_x, for_kernel = pull(jnp.ones_like(out))
+    assert for_x.dtype == jnp.bfloat16
+    assert for_kernel.dtype == jnp.float32
+
+
+def test_the_layer_keeps_its_size_by_default_and_a_float32_kernel():
+    x = jnp.ones((1, 5, 8, 3))
+    out, variables = DepthwiseConv(dtype=jnp.bfloat16).init_with_output(jax.random.key(0), x)
+    assert out.shape == x.shape
+    assert out.dtype == jnp.bfloat16
+    assert variables["params"]["kernel"].shape == (3, 3, 1, 3)
+    assert variables["params"]["kernel"].dtype == np.float32

@@ -1,0 +1,131 @@
+import os
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax import mesh
+from vit_jax.checkpoint import Checkpoints, digest
+from vit_jax.errors import CheckpointError
+
+
+@flax.struct.dataclass
+class State:
+    step: jax.Array
+    params: dict
+    ema: dict
+
+
+def state_of(value, width=5):
+    params = {"head": {"kernel": jnp.full((3, width), float(value)), "bias": jnp.arange(width)}}
+    return State(jnp.int32(value), params, {})
+
+
+def target_of(state, devices=None):
+    sharding = mesh.replicated(mesh.make_mesh(devices))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
+
+
+@pytest.fixture
+def warnings():
+    return []
+
+
+@pytest.fixture
+def checkpoints(tmp_path, warnings):
+    opened = Checkpoints(tmp_path, warn=warnings.append)
+    yield opened
+    opened.close()
+
+
+def test_the_newest_two_and_the_best_stay(checkpoints, tmp_path, warnings):
+    for step, rank in [(1, 0.5), (2, 0.9), (3, 0.7), (4, None), (5, 0.6)]:
+        assert checkpoints.save(step, state_of(step), rank=rank)
+    assert checkpoints.wait()
+    assert checkpoints.steps() == [2, 4, 5]
+    assert checkpoints.best() == 2
+    again = Checkpoints(tmp_path)
+    assert again.best() == 2
+    restored, step = again.restore(target_of(state_of(0)))
+    assert step == restored.step == 5
+    assert again.restore(target_of(state_of(0)), step=2)[0].params["head"]["kernel"][0, 0] == 2
+    again.close()
+    assert not warnings
+
+
+def test_an_empty_folder_restores_nothing(checkpoints):
+    assert checkpoints.restore(target_of(state_of(0))) is None
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
+    checkpoints, tmp_path, warnings
+):
+    for step in (1, 2):
+        checkpoints.save(step, state_of(step))
+    checkpoints.close()
+    for file in (tmp_path / "checkpoints" / "2" / "state" / "d").iterdir():
+        os.truncate(file, file.stat().st_size // 2)
+    again = Checkpoints(tmp_path, warn=warnings.append)
+    state, step = again.restore(target_of(state_of(0)))
+    assert step == state.step == 1
+    assert "checkpoint 2 is damaged" in warnings[0]
+    assert [p for p in (tmp_path / "checkpoints").iterdir() if p.name.startswith("damaged-2-")]
+    assert again.save(2, state_of(2))  # Orbax alone would now refuse to save
+    assert again.close()
+    assert (tmp_path / "checkpoints" / "2").is_dir()
+
+
+def test_a_changed_bit_is_found_by_the_digest(checkpoints, warnings):
+    checkpoints.save(1, state_of(1))
+    checkpoints.save(2, state_of(2))
+    checkpoints.wait()
+    seal = checkpoints.folder / "2" / "seal" / "metadata"
+    text = seal.read_text()
+    number = str(digest(state_of(2))[1])
+    assert number in text
+    seal.write_text(text.replace(number, str(int(number) ^ 1)))
+    assert checkpoints.restore(target_of(state_of(0)))[1] == 1
+    assert "digest" in warnings[0]
+
+
+def test_all_damaged_is_an_error_not_a_new_start(checkpoints):
+    checkpoints.save(1, state_of(1))
+    checkpoints.wait()
+    (checkpoints.folder / "1" / "state" / "_METADATA").write_text("{")
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints \[1\]"):
+        checkpoints.restore(target_of(state_of(0)))
+
+
+def test_another_model_is_refused_by_name_and_nothing_is_renamed(checkpoints):
+    checkpoints.save(1, state_of(1, width=5))
+    checkpoints.wait()
+    with pytest.raises(CheckpointError, match=r"params/head/bias: .*\(5,\).*\(7,\)"):
+        checkpoints.restore(target_of(state_of(0, width=7)))
+    assert checkpoints.steps() == [1]
+
+
+def test_a_save_that_fails_is_said_and_the_next_one_works(checkpoints, warnings, monkeypatch):
+    manager = checkpoints._manager
+    monkeypatch.setattr(
+        type(manager), "save", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
+    assert not checkpoints.save(1, state_of(1))
+    assert "No space left" in checkpoints.failure
+    assert "No space left" in warnings[0]
+    monkeypatch.undo()
+    assert checkpoints.save(2, state_of(2))
+    assert checkpoints.wait()
+    assert checkpoints.steps() == [2]
+
+
+def test_the_digest_does_not_depend_on_the_mesh_but_on_every_bit():
+    x = {"a": np.arange(24, dtype=np.float32).reshape(8, 3), "b": np.array([True, False])}
+    rows = mesh.split_rows(mesh.make_mesh())
+    spread = {"a": jax.device_put(x["a"], rows), "b": jax.device_put(x["b"], rows)}
+    assert digest(x) == digest(spread)
+    swapped = {"a": x["a"][::-1], "b": x["b"]}
+    flipped = {"a": x["a"].copy(), "b": x["b"]}
+    flipped["a"].view(np.uint32)[3, 1] ^= 1
+    assert len({tuple(digest(t)) for t in (x, swapped, flipped)}) == 3

@@ -1,0 +1,57 @@
+"""Vision transformers in JAX: `list_models`, `create`; everything else is in the modules.
+
+    >>> import jax, vit_jax
+    >>> vit_jax.list_models("*cvt*")
+    ['cvt_13', 'cvt_21', 'cvt_w24']
+    >>> model = vit_jax.create("cvt_13", num_classes=10)
+    >>> image = jax.numpy.zeros((1, 224, 224, 3))
+    >>> variables = jax.eval_shape(lambda: model.init(jax.random.key(0), image, train=False))
+"""
+
+from fnmatch import fnmatch
+from typing import Any
+
+__version__ = "0.1.0"
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the published sizes that match a shell pattern, sorted."""
+    from vit_jax.build import named_sizes
+
+    return sorted(name for name in named_sizes() if fnmatch(name, pattern))
+
+
+def create(name: str, num_classes: int = 1000, **backbone: Any):
+    """A named size as a Linen module.
+
+    Args:
+      name: one of `list_models()`.
+      num_classes: K of a linear head on the pooled features; 0 gives the backbone alone.
+      **backbone: fields of the backbone's class, such as `drop_path`, `dtype` or `image_size`.
+
+    Returns:
+      A module with `init(key, image, train=False)` and `apply(variables, image, train=False)` for
+      `image` [B, H, W, 3]; it returns logits [B, K], or `vit_jax.contracts.Features` without a head.
+
+    Raises:
+      ValueError: if there is no such name or field, with the nearest ones.
+    """
+    from vit_jax.build import build, named_sizes
+    from vit_jax.errors import ConfigError, nearest
+
+    sizes = named_sizes()
+    if name not in sizes:
+        raise ConfigError(f"there is no model {name!r}.{nearest(name, sizes)}")
+    module = sizes[name].func.__module__.removeprefix("vit_jax.")
+    spec = {"target": f"{module}.{name}", **backbone}
+    if num_classes == 0:
+        return build(spec)
+    dtype = {"dtype": backbone["dtype"]} if "dtype" in backbone else {}
+    return build(
+        {
+            "target": "models.classifier.Classifier",
+            "num_classes": num_classes,
+            "backbone": spec,
+            **dtype,
+        }
+    )

@@ -1,0 +1,90 @@
+"""What a run would be: sizes, memory, a time estimate and one augmented batch, without training."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vit_jax import cost, mesh, pictures
+from vit_jax.report import Report
+from vit_jax.run import set_up
+from vit_jax.train import describe, memory_errors
+
+TIMED_STEPS = 3
+
+
+def dry_run(config: dict[str, Any], workdir: str | Path) -> Path:
+    """Builds everything that `train` would, says what it is, and draws `batch.png` in `workdir`.
+
+    The time estimate comes from a few steps of a state that is thrown away.
+
+    Returns:
+      The picture's path.
+    """
+    run, workdir = set_up(config), Path(workdir)
+    with Report(None, run.total_steps, run.steps_per_epoch, config["batch_size"]) as report:
+        describe(run, report.say)
+        names = jax.tree_util.tree_flatten_with_path(run.abstract_state.params)[0]
+        for path, leaf in names:
+            report.say(f"  {jax.tree_util.keystr(path, simple=True, separator='/')} {leaf.shape}")
+        batch = next(run.batches(0))
+        workdir.mkdir(parents=True, exist_ok=True)
+        picture = pictures.batch(
+            workdir / "batch.png",
+            batch["image"],
+            _titles(batch, run.train_data.class_names),
+            *_standard(run.train_transforms),
+        )
+        report.say(f"the first batch, as the model sees it: {picture}")
+        began = time.monotonic()
+        with memory_errors(config["batch_size"]):
+            train_step = run.compile_train_step()
+            report.say(f"compiled the training step in {time.monotonic() - began:.0f} s")
+            _say_memory(run, train_step, report)
+            state, placed = run.init(), mesh.put_batch(batch, run.mesh)
+            times = []
+            for _ in range(TIMED_STEPS):
+                began = time.monotonic()
+                state, sums = train_step(state, placed, key=run.key)
+                jax.block_until_ready(sums)
+                times.append(time.monotonic() - began)
+        step_time = float(np.median(times))
+        hours = step_time * run.total_steps / 3600
+        report.say(
+            f"time: {step_time * 1000:.0f} ms a step, {config['batch_size'] / step_time:.0f} "
+            f"images/s, {run.total_steps:,} steps: about "
+            + (f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes")
+            + ", waiting for data and evaluations not counted"
+        )
+    return picture
+
+
+def _titles(batch: dict[str, np.ndarray], names: tuple[str, ...]) -> list[str]:
+    """The class of each picture; both of them, with their shares, where two are mixed."""
+    if "label_probs" not in batch:
+        return [names[label] for label in batch["label"]]
+    titles = []
+    for probs in batch["label_probs"]:
+        top = [k for k in np.argsort(-probs)[:2] if probs[k] > 0]
+        titles.append(" + ".join(f"{names[k]} {probs[k]:.0%}" for k in top))
+    return titles
+
+
+def _standard(transforms: tuple) -> tuple[Any, Any]:
+    """Mean and deviation of the last transform, which standardises; 0 and 1 if none does."""
+    last = transforms[-1]
+    return getattr(last, "mean", (0.0,)), getattr(last, "std", (1.0,))
+
+
+def _say_memory(run: Any, train_step: Any, report: Report) -> None:
+    state = run.abstract_state
+    params, optimizer = cost.bytes_of(state.params), cost.bytes_of(state.opt_state)
+    text = f"memory: parameters {cost.human(params)}B, optimizer {cost.human(optimizer)}B"
+    if state.ema:
+        text += f", running mean {cost.human(cost.bytes_of(state.ema))}B"
+    analysis = train_step.memory_analysis()
+    if analysis is not None:
+        text += f", activations and temporaries {cost.human(analysis.temp_size_in_bytes)}B a device"
+    report.say(text)

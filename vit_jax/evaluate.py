@@ -1,0 +1,123 @@
+"""A model on held-out data: numbers of the whole split, and pictures with what it says of them."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vit_jax import checkpoint, mesh, pictures, step
+from vit_jax.contracts import Dataset, Example
+from vit_jax.data import pipeline
+from vit_jax.errors import CheckpointError, DataError
+from vit_jax.report import Report, sentence
+from vit_jax.run import Run, check_owner, set_up
+
+SHOWN = 32  # held-out pictures in predictions.png
+
+
+def evaluate(config: dict[str, Any], workdir: str | Path) -> dict[str, dict[str, float]]:
+    """Evaluates the last checkpoint of a run, and the best one where another is kept.
+
+    Returns:
+      {"step 460 validation": {"accuracy": ...}, ...}, as it is said.
+
+    Raises:
+      ConfigError, DataError: as for training.
+      CheckpointError: if the folder is of another config, or holds no checkpoint.
+    """
+    run, workdir = set_up(config), Path(workdir)
+    if not check_owner(workdir, config):
+        raise CheckpointError(f"{workdir} is no run folder: there is nothing to evaluate")
+    results = {}
+    with Report(None, run.total_steps, run.steps_per_epoch, config["batch_size"]) as report:
+        checkpoints = checkpoint.Checkpoints(workdir, **config["checkpoint"], warn=report.warn)
+        try:
+            if not checkpoints.steps():
+                raise CheckpointError(f"{workdir} holds no checkpoint yet")
+            state, last = checkpoints.restore(run.abstract_state)
+            states = {last: state}
+            best = checkpoints.best()
+            if best not in (None, last):
+                states[best] = checkpoints.restore(run.abstract_state, step=best)[0]
+        finally:
+            checkpoints.close()
+        eval_step = jax.jit(partial(step.eval_step, model=run.model, task=run.task))
+        for number, state in states.items():
+            found = evaluate_split(run, eval_step, rows_of(state), report, [])
+            for name, numbers in found.items():
+                note = " (best)" if number == best else ""
+                results[f"step {number}{note} {name}"] = numbers
+                report.say(f"step {number}{note} {name}: {sentence(numbers)}")
+        drawn = draw(run, eval_step, list(rows_of(state).values())[-1], SHOWN)
+        pictures.predictions(workdir / "predictions.png", drawn)
+    return results
+
+
+def rows_of(state: step.TrainState) -> dict[str, Any]:
+    """Each set of variables that is evaluated: the parameters, and their running mean if kept."""
+    rows = {"validation": {"params": state.params, **state.model_state}}
+    return rows | ({"validation_ema": state.ema} if state.ema else {})
+
+
+def evaluate_split(
+    run: Run, eval_step: Callable, rows: dict[str, Any], report: Report, stopped: list[int]
+) -> dict[str, dict[str, float]] | None:
+    """Each set of variables on the whole validation split, read once; None if a signal came."""
+    sums: dict[str, dict] = {name: {} for name in rows}
+    skipped = 0
+    for batch in run.validation():
+        if stopped:
+            return None
+        for text in pipeline.broken(batch, run.eval_data):
+            if run.config["data"]["on_broken"] == "stop":
+                raise DataError(f"{text} (--config.data.on_broken=skip would go on without it)")
+            skipped += 1
+            report.warn(f"left out of the evaluation, a broken picture: {text}")
+        placed = mesh.put_batch(batch, run.mesh)
+        for name, variables in rows.items():
+            new = jax.device_get(eval_step(variables, placed)[0])
+            sums[name] = {k: sums[name].get(k, 0) + np.asarray(v, np.float64) for k, v in new.items()}
+    results = {name: run.task.summarize(total) for name, total in sums.items()}
+    if skipped:
+        for numbers in results.values():
+            numbers["broken_pictures"] = float(skipped)
+    return results
+
+
+def draw(run: Run, eval_step: Callable, variables: Any, count: int) -> list[tuple]:
+    """`count` held-out pictures, spread over the split, as the task draws its predictions."""
+    chosen = np.unique(np.linspace(0, len(run.eval_data) - 1, count).astype(int))
+    subset = _Subset(run.eval_data, chosen)
+    drawn = []
+    batches = pipeline.eval_batches(
+        subset, run.eval_transforms, batch_size=run.config["batch_size"], max_pixels=None
+    )
+    for batch in batches:
+        predictions = jax.device_get(eval_step(variables, mesh.put_batch(batch, run.mesh))[1])
+        for row in np.flatnonzero(batch["valid"]):
+            example = pipeline.decoded(subset[int(batch["index"][row])])
+            prediction = {k: v[row] for k, v in predictions.items()}
+            drawn.append(
+                run.task.draw(example["image"], example, prediction, run.eval_data.class_names)
+            )
+    return drawn
+
+
+class _Subset:
+    """Some examples of a dataset."""
+
+    def __init__(self, dataset, indices: np.ndarray):
+        self.dataset, self.indices = dataset, indices
+        self.class_names = dataset.class_names
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.dataset[int(self.indices[index])]
+
+    def name(self, index: int) -> str:
+        return self.dataset.name(int(self.indices[index]))

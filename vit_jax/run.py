@@ -1,0 +1,258 @@
+"""A config, built and checked: everything a run needs before anything is trained."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from vit_jax import build, mesh, optim, step
+from vit_jax.contracts import Batch, Dataset, Sums, Task, Transform
+from vit_jax.data import pipeline
+from vit_jax.errors import CheckpointError, ConfigError, DataError
+
+FREE_KEYS = ("data.threads", "data.workers", "checkpoint.", "log_every")  # change no number
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a config describes, built and checked, before anything is trained."""
+
+    config: dict[str, Any]
+    mesh: jax.sharding.Mesh
+    model: nn.Module
+    task: Task
+    train_data: Dataset
+    eval_data: Dataset
+    train_transforms: tuple[Transform, ...]
+    eval_transforms: tuple[Transform, ...]
+    mix: Transform | None
+    total_steps: int
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    abstract_state: step.TrainState  # shapes with shardings
+    abstract_batch: dict[str, jax.ShapeDtypeStruct]
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return len(self.train_data) / self.config["batch_size"]
+
+    @property
+    def key(self) -> jax.Array:
+        """The root of all randomness on the device; step n draws from `fold_in(key, n)`."""
+        return jax.random.key(self.config["seed"])
+
+    def batches(self, start_step: int, batch_size: int | None = None) -> Iterator[Batch]:
+        """Training batches from that step on, for ever."""
+        return pipeline.train_batches(
+            self.train_data,
+            self.train_transforms,
+            batch_size=batch_size or self.config["batch_size"],
+            seed=self.config["seed"],
+            start_step=start_step,
+            mix=self.mix,
+            **_reading(self.config),
+        )
+
+    def validation(self) -> Iterator[Batch]:
+        """The whole validation split, each example once, the last batch padded."""
+        return pipeline.eval_batches(
+            self.eval_data,
+            self.eval_transforms,
+            batch_size=self.config["batch_size"],
+            **_reading(self.config),
+        )
+
+    def init(self) -> step.TrainState:
+        """A fresh state on the mesh."""
+        make = partial(
+            step.init_state, model=self.model, optimizer=self.optimizer, ema=self.config["ema"] > 0
+        )
+        shapes = self.abstract_batch.items()
+        batch = {k: jnp.zeros((1, *v.shape[1:]), v.dtype) for k, v in shapes}
+        return jax.jit(make, out_shardings=mesh.replicated(self.mesh))(self.key, batch)
+
+    def compile_train_step(self) -> Callable[..., tuple[step.TrainState, Sums]]:
+        """The jitted step, compiled: (state, batch, key=) -> (state, sums); `state` is donated."""
+        function = partial(
+            step.train_step,
+            model=self.model,
+            task=self.task,
+            optimizer=self.optimizer,
+            accumulate=self.config["accumulate"],
+            ema_decay=self.config["ema"],
+        )
+        jitted = jax.jit(function, donate_argnums=0, out_shardings=mesh.replicated(self.mesh))
+        key = jax.eval_shape(lambda: self.key)
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=mesh.replicated(self.mesh))
+        return jitted.lower(self.abstract_state, self.abstract_batch, key=key).compile()
+
+
+def _reading(config: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("max_pixels", "threads", "workers")
+    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    return {name: config["data"][name] for name in names} | hosts
+
+
+def set_up(config: dict[str, Any]) -> Run:
+    """Builds what `config` describes, and checks that the parts fit each other.
+
+    Raises:
+      ConfigError: if they do not.
+      DataError: if the data is missing, empty or has more classes than the head.
+    """
+    devices = mesh.make_mesh()
+    mesh.check_batch_size(config["batch_size"], devices, config["accumulate"])
+    data = config["data"]
+    splits = [
+        pipeline.open_dataset(data["name"], split, data["data_dir"], **data["options"])
+        for split in ("train", "validation")
+    ]
+    _fit_head(config, splits[0])
+    model, task = build.build(config["model"]), build.build(config["task"])
+    mix = config["train"]["mix"]
+    mix = build.build(mix, num_classes=config["model"]["num_classes"]) if mix else None
+    transforms = [build.build(config[part]["transforms"]) for part in ("train", "eval")]
+
+    durations = {"examples_per_epoch": len(splits[0]), "batch_size": config["batch_size"]}
+    total = optim.duration("training", **_durations(config, ""), **durations)
+    warmup = config["schedule"]
+    warmup_steps = optim.duration(
+        "warmup", **_durations(warmup, "warmup_"), **durations, may_be_zero=True
+    )
+    schedule = optim.schedule(
+        name=warmup["name"],
+        learning_rate=config["learning_rate"],
+        total_steps=total,
+        warmup_steps=warmup_steps,
+        final=warmup["final"],
+        warmup_from=warmup["warmup_from"],
+    )
+
+    abstract_batch = _abstract_batch(config, splits[0], transforms[0], mix, devices)
+    try:
+        variables = jax.eval_shape(
+            partial(model.init, train=False),
+            jax.random.key(0),
+            **step.inputs(model, abstract_batch),
+        )
+    except ValueError as error:  # what a module says of a size or a name it cannot work with
+        raise ConfigError(str(error)) from error
+    optimizer = optim.make(config["optimizer"], params=variables["params"], schedule=schedule)
+    state = jax.eval_shape(
+        partial(step.init_state, model=model, optimizer=optimizer, ema=config["ema"] > 0),
+        jax.random.key(0),
+        abstract_batch,
+    )
+    whole = mesh.replicated(devices)
+    return Run(
+        config=config,
+        mesh=devices,
+        model=model,
+        task=task,
+        train_data=splits[0],
+        eval_data=splits[1],
+        train_transforms=transforms[0],
+        eval_transforms=transforms[1],
+        mix=mix,
+        total_steps=total,
+        schedule=schedule,
+        optimizer=optimizer,
+        abstract_state=jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state
+        ),
+        abstract_batch=abstract_batch,
+    )
+
+
+def _durations(config: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {unit: config[prefix + unit] for unit in ("steps", "epochs", "examples")}
+
+
+def _fit_head(config: dict[str, Any], data: Dataset) -> None:
+    """Sizes a head of 0 classes by the data; refuses one that is too small."""
+    classes, head = len(data.class_names), config["model"]["num_classes"]
+    if head == 0:
+        config["model"]["num_classes"] = classes
+    elif head < classes:
+        raise DataError(
+            f"{config['data']['name']} has {classes} classes and the head only {head}: set "
+            f"--config.model.num_classes={classes}, or 0 to take the data's"
+        )
+
+
+def _abstract_batch(config, data, transforms, mix, devices) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch, read off two real examples."""
+    reading = _reading(config) | {"threads": 0, "workers": 0, "process_index": 0, "process_count": 1}
+    batches = pipeline.train_batches(
+        data, transforms, batch_size=2, seed=config["seed"], mix=mix, **reading
+    )
+    sharding = mesh.split_rows(devices)
+    return {
+        key: jax.ShapeDtypeStruct(
+            (config["batch_size"], *value.shape[1:]), value.dtype, sharding=sharding
+        )
+        for key, value in mesh.device_part(next(iter(batches))).items()
+    }
+
+
+def claim(workdir: Path, config: dict[str, Any]) -> None:
+    """Makes the run folder, or checks that the one there belongs to this config.
+
+    Raises:
+      CheckpointError: if it belongs to another config, naming the keys that differ.
+      ConfigError: if it cannot be written, or holds files that no run wrote.
+    """
+    if check_owner(workdir, config):
+        return
+    try:
+        if workdir.exists() and any(workdir.iterdir()):
+            raise ConfigError(
+                f"workdir {workdir} has files but no config.json, so it is no run folder; choose "
+                "another --workdir"
+            )
+        workdir.mkdir(parents=True, exist_ok=True)
+        unfinished = workdir / "config.json.tmp"
+        unfinished.write_text(json.dumps(config, indent=2) + "\n")
+        os.replace(unfinished, workdir / "config.json")
+    except OSError as error:
+        raise ConfigError(f"workdir {workdir} cannot be written: {error.strerror}") from error
+
+
+def check_owner(workdir: Path, config: dict[str, Any]) -> bool:
+    """Whether the folder is a run of this config; False if it is no run folder.
+
+    Raises:
+      CheckpointError: if it is a run of another config, naming the keys that differ.
+    """
+    file = workdir / "config.json"
+    try:
+        saved = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    _refuse_other(saved, config, workdir)
+    return True
+
+
+def _refuse_other(saved: dict[str, Any], config: dict[str, Any], workdir: Path) -> None:
+    old, new = flatten(saved), flatten(config)
+    different = [
+        f"{key} ({old.get(key, 'absent')} there, {new.get(key, 'absent')} now)"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(FREE_KEYS)
+    ]
+    if different:
+        shown = ", ".join(different[:8]) + (", ..." if len(different) > 8 else "")
+        raise CheckpointError(
+            f"{workdir} belongs to another config; {len(different)} keys differ: {shown}. Choose "
+            "another --workdir, or set them back"
+        )

@@ -1,0 +1,174 @@
+"""One step of training and one of evaluation: pure functions of arrays, jitted once over the mesh."""
+
+import inspect
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from vit_jax import optim
+from vit_jax.contracts import Batch, Outputs, Predictions, Sums, Task
+
+Tree = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a run needs to go on, arrays only: no functions, no random state.
+
+    Attributes:
+      step: updates so far, int32.
+      params: the learned arrays.
+      model_state: collections that a forward pass updates, such as `batch_stats`.
+      opt_state: the optimizer's.
+      ema: running mean of {"params", **model_state}; empty where it is switched off.
+    """
+
+    step: jax.Array
+    params: Tree
+    model_state: Tree
+    opt_state: Tree
+    ema: Tree
+
+
+def inputs(model: nn.Module, batch: Batch) -> dict[str, jax.Array]:
+    """The batch entries that the model's signature names.
+
+    Raises:
+      ValueError: if the batch lacks an entry that has no default.
+    """
+    chosen = {}
+    for name, parameter in inspect.signature(type(model).__call__).parameters.items():
+        if name in ("self", "train"):
+            continue
+        if name in batch:
+            chosen[name] = batch[name]
+        elif parameter.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"{type(model).__name__} reads {name!r}; the batch has {', '.join(sorted(batch))}"
+            )
+    return chosen
+
+
+def init_state(
+    key: jax.Array,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    ema: bool = False,
+) -> TrainState:
+    """A fresh state; `batch` gives the shapes only."""
+    variables = dict(model.init(key, **inputs(model, batch), train=False))
+    params = variables.pop("params")
+    variables.pop("intermediates", None)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        model_state=variables,
+        opt_state=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, {"params": params, **variables}) if ema else {},
+    )
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    accumulate: int = 1,
+    ema_decay: float = 0.0,
+) -> tuple[TrainState, Sums]:
+    """One update from one global batch.
+
+    The randomness of a step is `fold_in(key, step)`, so a resumed run draws what an uninterrupted
+    one would have. With `accumulate` > 1 the batch is cut into that many parts, whose gradients add
+    up weighted by what they counted: the same update, a fraction of the activations. An update
+    whose loss or gradient is not finite leaves parameters, statistics, optimizer and mean as they
+    were, so that no later checkpoint can hold it; the caller reads it off the sums and stops.
+
+    Returns:
+      The next state, and the task's sums with `grad_norm` and `finite` (0 or 1) of this step.
+    """
+    step_key = jax.random.fold_in(key, state.step)
+
+    def loss_of(params: Tree, model_state: Tree, part: Batch, part_key: jax.Array):
+        outputs, updated = model.apply(
+            {"params": params, **model_state},
+            **inputs(model, part),
+            train=True,
+            rngs={"dropout": part_key},
+            mutable=list(model_state),
+        )
+        loss, sums = task.score(outputs, part)
+        return loss, (sums, dict(updated))
+
+    gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+    if accumulate == 1:
+        (loss, (sums, model_state)), grads = gradient_of(
+            state.params, state.model_state, batch, step_key
+        )
+    else:
+        loss, sums, model_state, grads = _accumulated(
+            gradient_of, state, batch, step_key, accumulate
+        )
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema_decay:
+        ema = optim.update_ema(ema, {"params": params, **model_state}, ema_decay, state.step)
+    new = TrainState(state.step + 1, params, model_state, opt_state, ema)
+    old = state.replace(step=state.step + 1)
+    new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    return new, sums | {"grad_norm": grad_norm, "finite": finite.astype(jnp.float32)}
+
+
+def _accumulated(gradient_of, state: TrainState, batch: Batch, key: jax.Array, parts: int):
+    """Loss, sums, model state and gradient of a batch, one part after the other."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        # Part i takes rows i, i + parts, ...: each device's rows then stay on that device.
+        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    def body(carry, numbered):
+        loss, sums, model_state, grads = carry
+        i, part = numbered
+        (part_loss, (part_sums, model_state)), part_grads = gradient_of(
+            state.params, model_state, part, jax.random.fold_in(key, i)
+        )
+        weight = part_sums["count"]
+        grads = jax.tree.map(lambda a, g: a + g * weight.astype(g.dtype), grads, part_grads)
+        sums = jax.tree.map(jnp.add, sums, part_sums)
+        return (loss + part_loss * weight, sums, model_state, grads), None
+
+    cut_batch = {k: cut(v) for k, v in batch.items()}
+    first = {k: v[0] for k, v in cut_batch.items()}
+    shapes = jax.eval_shape(gradient_of, state.params, state.model_state, first, key)
+    (loss, (sums, _)), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    carry = (loss, sums, state.model_state, grads)
+    numbered = (jnp.arange(parts), cut_batch)
+    (loss, sums, model_state, grads), _ = jax.lax.scan(body, carry, numbered)
+    total = jnp.maximum(sums["count"], 1.0)
+    grads = jax.tree.map(lambda g: g / total.astype(g.dtype), grads)
+    return loss / total, sums, model_state, grads
+
+
+def forward(variables: Tree, batch: Batch, *, model: nn.Module) -> Outputs:
+    """The model's outputs in evaluation."""
+    return model.apply(variables, **inputs(model, batch), train=False)
+
+
+def eval_step(
+    variables: Tree, batch: Batch, *, model: nn.Module, task: Task
+) -> tuple[Sums, Predictions]:
+    """Sums and predictions of one batch; `variables` is {"params", **model_state} or an `ema`."""
+    outputs = forward(variables, batch, model=model)
+    return task.score(outputs, batch)[1], task.predict(outputs, batch)
