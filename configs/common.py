@@ -51,7 +51,7 @@ def base() -> ConfigDict:
             "epsilon": 1e-8,
             "momentum": 0.9,
             "nesterov": False,
-            # Pattern of parameter names without weight decay; None is biases, norms, tokens, positions.
+            # Pattern of parameters without weight decay; None is biases, norms, tokens, positions.
             "no_decay": config_dict.placeholder(str),
             "freeze": "",  # pattern of parameter names that stay as they are
             "layer_decay": 1.0,  # each earlier layer learns this much slower
@@ -102,6 +102,7 @@ def classifier(config: ConfigDict, size: str, **backbone) -> None:
 
 
 def standardize(statistics: dict) -> ConfigDict:
+    """The last transform: to float32 with mean 0 and deviation 1."""
     return ConfigDict({"target": "data.transforms.Standardize", **statistics})
 
 

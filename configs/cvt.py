@@ -14,7 +14,13 @@ def get_config(recipe: str = "digits"):
     """The config of a recipe: digits, folder, cifar10, imagenet or tiny."""
     return common.choose(
         recipe,
-        {"digits": digits, "folder": folder, "cifar10": cifar10, "imagenet": imagenet, "tiny": tiny},
+        {
+            "digits": digits,
+            "folder": folder,
+            "cifar10": cifar10,
+            "imagenet": imagenet,
+            "tiny": tiny,
+        },
     )
 
 

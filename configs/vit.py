@@ -1,9 +1,9 @@
 """ViT: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words" (arXiv:2010.11929).
 
-    python -m vit_jax.main --config=configs/vit.py            the digits, about a minute on two cores
+    python -m vit_jax.main --config=configs/vit.py            the digits
     python -m vit_jax.main --config=configs/vit.py:cifar10    10 epochs of CIFAR-10
     python -m vit_jax.main --config=configs/vit.py:folder --config.data.data_dir=my_pictures
-    python -m vit_jax.main --config=configs/vit.py:imagenet   S/16 as in "Better plain ViT baselines"
+    python -m vit_jax.main --config=configs/vit.py:imagenet   S/16 of Beyer et al. 2022
 
 Numbers: README.md and experiments/cifar10. ImageNet: 76.5 % after 90 epochs in Beyer et al. 2022
 (arXiv:2205.01580, table 1); ours not run.
@@ -16,7 +16,13 @@ def get_config(recipe: str = "digits"):
     """The config of a recipe: digits, folder, cifar10, imagenet or tiny."""
     return common.choose(
         recipe,
-        {"digits": digits, "folder": folder, "cifar10": cifar10, "imagenet": imagenet, "tiny": tiny},
+        {
+            "digits": digits,
+            "folder": folder,
+            "cifar10": cifar10,
+            "imagenet": imagenet,
+            "tiny": tiny,
+        },
     )
 
 

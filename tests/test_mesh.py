@@ -16,7 +16,8 @@ def test_a_batch_is_split_by_rows_and_keeps_what_only_the_host_reads():
 
 
 @pytest.mark.parametrize(
-    ("size", "accumulate", "nearest"), [(7, 1, "6 or 8"), (10, 4, "8 or 16"), (1, 1, "2"), (0, 1, "2")]
+    ("size", "accumulate", "nearest"),
+    [(7, 1, "6 or 8"), (10, 4, "8 or 16"), (1, 1, "2"), (0, 1, "2")],
 )
 def test_a_batch_that_does_not_divide_names_the_nearest_that_does(size, accumulate, nearest):
     with pytest.raises(ConfigError, match=rf"batch_size={size} .*2 devices.*does: {nearest}$"):

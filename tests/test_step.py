@@ -7,9 +7,9 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from vit_jax.tasks.classification import Classification
 
 from vit_jax import mesh, step
-from vit_jax.tasks.classification import Classification
 
 
 class Small(nn.Module):
@@ -138,9 +138,7 @@ def test_the_guard_changes_no_bit_of_a_good_update():
 def test_the_mean_of_parameters_and_statistics_lags_behind_them():
     state, function = parts(ema=True)
     new, _ = jax.jit(partial(function, ema_decay=0.9))(state, batch_of(), key=jax.random.key(0))
-    old, now, mean = (
-        t["Dense_0"]["kernel"] for t in (state.params, new.params, new.ema["params"])
-    )
+    old, now, mean = (t["Dense_0"]["kernel"] for t in (state.params, new.params, new.ema["params"]))
     share = (mean - old) / (now - old)
     np.testing.assert_allclose(share, np.full_like(share, share.flat[0]), rtol=1e-3)
     assert 0.05 < share.flat[0] < 0.95

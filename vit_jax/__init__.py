@@ -1,11 +1,11 @@
 """Vision transformers in JAX: `list_models`, `create`; everything else is in the modules.
 
-    >>> import jax, vit_jax
-    >>> vit_jax.list_models("*cvt*")
-    ['cvt_13', 'cvt_21', 'cvt_w24']
-    >>> model = vit_jax.create("cvt_13", num_classes=10)
-    >>> image = jax.numpy.zeros((1, 224, 224, 3))
-    >>> variables = jax.eval_shape(lambda: model.init(jax.random.key(0), image, train=False))
+>>> import jax, vit_jax
+>>> vit_jax.list_models("*cvt*")
+['cvt_13', 'cvt_21', 'cvt_w24']
+>>> model = vit_jax.create("cvt_13", num_classes=10)
+>>> image = jax.numpy.zeros((1, 224, 224, 3))
+>>> variables = jax.eval_shape(lambda: model.init(jax.random.key(0), image, train=False))
 """
 
 from fnmatch import fnmatch
@@ -31,7 +31,8 @@ def create(name: str, num_classes: int = 1000, **backbone: Any):
 
     Returns:
       A module with `init(key, image, train=False)` and `apply(variables, image, train=False)` for
-      `image` [B, H, W, 3]; it returns logits [B, K], or `vit_jax.contracts.Features` without a head.
+      `image` [B, H, W, 3]; it returns logits [B, K], or the `Features` of `vit_jax.contracts`
+      without a head.
 
     Raises:
       ValueError: if there is no such name or field, with the nearest ones.

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import pkgutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -37,9 +38,7 @@ def build(spec: Any, **extra: Any) -> Any:
     accepted = _accepted(target)
     for name in arguments:
         if accepted is not None and name not in accepted:
-            raise ConfigError(
-                f"{spec[TARGET]} has no argument {name!r}.{nearest(name, accepted)}"
-            )
+            raise ConfigError(f"{spec[TARGET]} has no argument {name!r}.{nearest(name, accepted)}")
     try:
         return target(**arguments)
     except (TypeError, ValueError) as error:
@@ -63,9 +62,7 @@ def find(path: str) -> Callable[..., Any]:
             raise  # the module exists, and something it needs does not
         parent, _, missing = error.name.rpartition(".")
         hint = nearest(missing, submodules(parent)) if parent else ""
-        raise ConfigError(
-            f"target {path!r}: there is no module {error.name!r}.{hint}"
-        ) from error
+        raise ConfigError(f"target {path!r}: there is no module {error.name!r}.{hint}") from error
     if not hasattr(module, name):
         valid = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise ConfigError(f"target {path!r}: {module_path} has no {name!r}.{nearest(name, valid)}")
@@ -103,3 +100,16 @@ def _accepted(target: Callable[..., Any]) -> set[str] | None:
     hidden = {"parent", "name"} if hasattr(getattr(target, "func", target), "apply") else set()
     kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return {p.name for p in parameters if p.kind in kinds} - hidden
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": [1]}} -> {"a.b[0]": 1}; also of a ConfigDict."""
+    if hasattr(tree, "to_json_best_effort"):
+        tree = json.loads(tree.to_json_best_effort())
+    if isinstance(tree, dict) and tree:
+        items = [(f"{prefix}.{k}" if prefix else k, v) for k, v in tree.items()]
+    elif isinstance(tree, list) and tree:
+        items = [(f"{prefix}[{i}]", v) for i, v in enumerate(tree)]
+    else:
+        return {prefix: tree}
+    return {k: v for name, item in items for k, v in flatten(item, name).items()}

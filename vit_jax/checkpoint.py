@@ -26,8 +26,8 @@ class Checkpoints:
     """The checkpoints of one run folder, in `checkpoints/<step>`.
 
     Saving is asynchronous: `save` returns when the arrays are copied, and a failure (a full disk)
-    shows at the next call. It never raises; it warns, keeps the reason in `failure` and goes on, since a
-    run is worth more than one of its checkpoints.
+    shows at the next call. It never raises; it warns, keeps the reason in `failure` and goes on,
+    since a run is worth more than one of its checkpoints.
     """
 
     def __init__(
@@ -127,8 +127,8 @@ class Checkpoints:
           step: only this one.
 
         Raises:
-          CheckpointError: if the newest checkpoint is of another model (then nothing is renamed), or
-            if there are checkpoints and none can be read.
+          CheckpointError: if the newest checkpoint is of another model (then nothing is renamed),
+            or if there are checkpoints and none can be read.
         """
         steps = [s for s in self.steps() if step is None or s == step]
         for candidate in reversed(steps):
@@ -138,7 +138,9 @@ class Checkpoints:
                     state=ocp.args.StandardRestore(target), seal=ocp.args.JsonRestore()
                 )
                 out = self._manager.restore(candidate, args=args)
-                if out["seal"]["step"] != candidate or out["seal"]["digest"] != digest(out["state"]):
+                if out["seal"]["step"] != candidate or out["seal"]["digest"] != digest(
+                    out["state"]
+                ):
                     raise OSError("its digest differs from its content")
                 return out["state"], candidate
             except CheckpointError:
@@ -147,8 +149,8 @@ class Checkpoints:
                 self._set_aside(candidate, error)
         if steps:
             raise CheckpointError(
-                f"none of the checkpoints {steps} in {self.folder} can be read; they were set aside "
-                "as damaged-*. Start anew with another --workdir"
+                f"none of the checkpoints {steps} in {self.folder} can be read; they were set "
+                "aside as damaged-*. Start anew with another --workdir"
             )
         return None
 
@@ -199,9 +201,7 @@ def _shapes(tree: Tree) -> dict[str, tuple]:
         return str(np.dtype(x.dtype)), tuple(x.shape)
 
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {
-        "/".join(_key(k) for k in path): leaf(x) for path, x in flat if hasattr(x, "shape")
-    }
+    return {"/".join(_key(k) for k in path): leaf(x) for path, x in flat if hasattr(x, "shape")}
 
 
 def _key(key: Any) -> str:

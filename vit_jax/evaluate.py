@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from vit_jax import checkpoint, mesh, pictures, step
-from vit_jax.contracts import Dataset, Example
+from vit_jax.contracts import Example
 from vit_jax.data import pipeline
 from vit_jax.errors import CheckpointError, DataError
 from vit_jax.report import Report, sentence
@@ -79,7 +79,9 @@ def evaluate_split(
         placed = mesh.put_batch(batch, run.mesh)
         for name, variables in rows.items():
             new = jax.device_get(eval_step(variables, placed)[0])
-            sums[name] = {k: sums[name].get(k, 0) + np.asarray(v, np.float64) for k, v in new.items()}
+            sums[name] = {
+                k: sums[name].get(k, 0) + np.asarray(v, np.float64) for k, v in new.items()
+            }
     results = {name: run.task.summarize(total) for name, total in sums.items()}
     if skipped:
         for numbers in results.values():

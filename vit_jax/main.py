@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from vit_jax.build import flatten
 from vit_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -24,10 +25,10 @@ USAGE = """Trains or evaluates what a config describes.
   python -m vit_jax.main --config=configs/vit.py --config.epochs=3    any value overridden
   python -m vit_jax.main --config=configs/vit.py:folder --config.data.data_dir=my_pictures
   python -m vit_jax.main --config=configs/cvt.py --mode=eval          evaluate the run's checkpoints
-  python -m vit_jax.main --config=configs/cvt.py --dry_run            sizes, time, one batch; no training
+  python -m vit_jax.main --config=configs/cvt.py --dry_run            sizes, memory, time, one batch
 
-Recipes are digits (default), folder, cifar10, imagenet and tiny. Started again, the same command goes
-on where it stopped. A config is a Python file, and it is executed.
+Recipes are digits (default), folder, cifar10, imagenet and tiny. Started again, the same command
+goes on where it stopped. A config is a Python file, and it is executed.
 """
 FLAGS = ("config", "workdir", "mode", "dry_run")
 NO_CONFIG = ("__init__", "common")
@@ -142,19 +143,6 @@ def _resolve(argv: list[str]) -> tuple[list[str], str]:
     wrong = next((f for f in flags if f.lstrip("-") not in FLAGS), "")
     hint = f" ({wrong} is no flag)" if wrong else ""
     raise ConfigError(f"no --config=FILE given{hint}; try --config=configs/cvt.py, or --help")
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": [1]}} -> {"a.b[0]": 1}; also of a ConfigDict."""
-    if hasattr(tree, "to_json_best_effort"):
-        tree = json.loads(tree.to_json_best_effort())
-    if isinstance(tree, dict) and tree:
-        items = [(f"{prefix}.{k}" if prefix else k, v) for k, v in tree.items()]
-    elif isinstance(tree, list) and tree:
-        items = [(f"{prefix}[{i}]", v) for i, v in enumerate(tree)]
-    else:
-        return {prefix: tree}
-    return {k: v for name, item in items for k, v in flatten(item, name).items()}
 
 
 def _run(config: dict[str, Any], workdir: Path, mode: str, dry: bool) -> int:

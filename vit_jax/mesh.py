@@ -46,7 +46,7 @@ def device_part(batch: Batch) -> Batch:
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's rows -> global arrays over the mesh."""
+    """Rows of this host -> global arrays over the mesh."""
     sharding = split_rows(mesh)
     return {
         key: jax.make_array_from_process_local_data(sharding, np.asarray(value))

@@ -182,7 +182,9 @@ def make(
 
     b1, b2, epsilon = spec["b1"], spec["b2"], spec["epsilon"]
     mask = _decayed(params, spec["no_decay"], spec["decay_1d"])
-    decay = optax.add_decayed_weights(spec["weight_decay"], mask)
+    decay = optax.identity()
+    if spec["weight_decay"]:
+        decay = optax.add_decayed_weights(spec["weight_decay"], mask)
     momentum = optax.trace(spec["momentum"], spec["nesterov"])
     factored = optax.scale_by_factored_rms(
         decay_rate_fn=lambda step, power: jnp.minimum(b2, 1 - (step + 1.0) ** -power)

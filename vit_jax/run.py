@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from vit_jax import build, mesh, optim, step
+from vit_jax import mesh, optim, step
+from vit_jax.build import build, flatten
 from vit_jax.contracts import Batch, Dataset, Sums, Task, Transform
 from vit_jax.data import pipeline
 from vit_jax.errors import CheckpointError, ConfigError, DataError
@@ -42,6 +43,7 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> float:
+        """Updates until each training example was seen once."""
         return len(self.train_data) / self.config["batch_size"]
 
     @property
@@ -116,10 +118,10 @@ def set_up(config: dict[str, Any]) -> Run:
         for split in ("train", "validation")
     ]
     _fit_head(config, splits[0])
-    model, task = build.build(config["model"]), build.build(config["task"])
+    model, task = build(config["model"]), build(config["task"])
     mix = config["train"]["mix"]
-    mix = build.build(mix, num_classes=config["model"]["num_classes"]) if mix else None
-    transforms = [build.build(config[part]["transforms"]) for part in ("train", "eval")]
+    mix = build(mix, num_classes=config["model"]["num_classes"]) if mix else None
+    transforms = [build(config[part]["transforms"]) for part in ("train", "eval")]
 
     durations = {"examples_per_epoch": len(splits[0]), "batch_size": config["batch_size"]}
     total = optim.duration("training", **_durations(config, ""), **durations)
@@ -190,7 +192,12 @@ def _fit_head(config: dict[str, Any], data: Dataset) -> None:
 
 def _abstract_batch(config, data, transforms, mix, devices) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a batch, read off two real examples."""
-    reading = _reading(config) | {"threads": 0, "workers": 0, "process_index": 0, "process_count": 1}
+    reading = _reading(config) | {
+        "threads": 0,
+        "workers": 0,
+        "process_index": 0,
+        "process_count": 1,
+    }
     batches = pipeline.train_batches(
         data, transforms, batch_size=2, seed=config["seed"], mix=mix, **reading
     )

@@ -1,4 +1,4 @@
-"""One step of training and one of evaluation: pure functions of arrays, jitted once over the mesh."""
+"""One step of training and one of evaluation: pure functions of arrays, jitted over the mesh."""
 
 import inspect
 from typing import Any

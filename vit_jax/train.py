@@ -53,7 +53,9 @@ def train(config: dict[str, Any], workdir: str | Path) -> dict[str, float]:
     restored = checkpoints.restore(run.abstract_state)
     state, start = restored or (run.init(), 0)
     with (
-        Report(workdir, run.total_steps, run.steps_per_epoch, config["batch_size"], start) as report,
+        Report(
+            workdir, run.total_steps, run.steps_per_epoch, config["batch_size"], start
+        ) as report,
         signals() as stopped,
     ):
         checkpoints.warn = report.warn
@@ -131,7 +133,9 @@ class _Loop:
             best = max(best, -np.inf if rank is None else rank)
             if stop and not last:
                 self.checkpoints.wait()
-                report.say(f"stopped at step {now}, which is saved; the same command goes on from here")
+                report.say(
+                    f"stopped at step {now}, which is saved; the same command goes on from here"
+                )
                 raise StoppedError(self.stopped[0])
         self._pictures(state)
         report.say(f"finished: {sentence(numbers)}; see {self.workdir}")
@@ -214,13 +218,18 @@ def describe(run: Run, say: Callable[[str], None]) -> None:
         f"{name} {list(value.shape)} {value.dtype}" for name, value in run.abstract_batch.items()
     )
     say(f"batch: {shapes}")
-    say(f"{run.total_steps:,} steps of {run.config['batch_size']}, {run.steps_per_epoch:.1f} an epoch")
+    say(
+        f"steps: {run.total_steps:,} of {run.config['batch_size']} pictures, "
+        f"{run.steps_per_epoch:.1f} an epoch"
+    )
 
 
 def flops_per_image(run: Run) -> int:
     """FLOPs of one forward pass of one picture, by the rule of `vit_jax.cost`."""
     state = run.abstract_state
-    one = {k: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype) for k, v in run.abstract_batch.items()}
+    one = {
+        k: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype) for k, v in run.abstract_batch.items()
+    }
     variables = {"params": state.params, **state.model_state}
     return cost.flops(partial(step.forward, model=run.model), variables, one)
 

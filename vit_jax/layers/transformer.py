@@ -10,7 +10,7 @@ from flax import linen as nn
 from vit_jax.contracts import Array
 from vit_jax.layers.attention import Attention
 
-# The flavours of GELU differ by up to 2e-2: a checkpoint agrees only with the one it was trained on.
+# GELU's flavours differ by up to 2e-2: a checkpoint agrees only with the one it was trained on.
 ACTIVATIONS = {
     "gelu": partial(nn.gelu, approximate=False),
     "gelu_tanh": partial(nn.gelu, approximate=True),

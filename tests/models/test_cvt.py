@@ -1,0 +1,225 @@
+from functools import partial
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.golden import cvt as golden
+from vit_jax.models import cvt
+from vit_jax.models.cvt import ConvProjection, CvT
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "cvt_tiny.npz"
+TINY = partial(CvT, widths=(4, 8, 12), depths=(1, 1, 2), heads=(1, 2, 3))
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def image(seed=0, shape=(2, 34, 43, 3)):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def golden_state(arrays):
+    return {k.removeprefix("state/"): arrays[k] for k in arrays if k.startswith("state/")}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model = TINY()
+    return model, jax.jit(partial(model.init, train=False))(jax.random.key(0), image())
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "statistics"),
+    [
+        ("cvt_13", 19_997_480, 25_728),
+        ("cvt_21", 31_622_696, 41_856),
+        ("cvt_w24", 277_196_392, 134_400),
+    ],
+)
+def test_named_sizes_have_the_published_number_of_parameters(name, parameters, statistics):
+    model = getattr(cvt, name)()
+    pixels = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    features, variables = jax.eval_shape(
+        partial(model.init_with_output, train=False), jax.random.key(0), pixels
+    )
+    width = features.pooled.shape[-1]
+    with_head = count(variables["params"]) + 1000 * (width + 1)  # 1,000 classes
+    assert (with_head, count(variables["batch_stats"])) == (parameters, statistics)
+    sides = [(56, 56), (28, 28), (14, 14)]
+    assert [m.shape[1:] for m in features.maps] == [
+        (*side, c) for side, c in zip(sides, model.widths, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("activation", golden.ACTIVATIONS)
+@pytest.mark.parametrize("case", range(len(golden.SIZES)), ids=[str(s) for s in golden.SIZES])
+def test_every_stage_equals_the_published_implementation(case, activation):
+    arrays = np.load(GOLDEN)
+    model = CvT(golden.WIDTHS, golden.DEPTHS, golden.HEADS, activation=activation)
+    pixels = arrays[f"{case}/image"].astype(np.float32)
+    variables = golden.variables(golden_state(arrays))
+    out = jax.jit(partial(model.apply, train=False))(variables, pixels)
+    names = [f"map_{i}" for i in range(len(golden.DEPTHS))] + ["pooled"]
+    for name, got in zip(names, [*out.maps, out.pooled], strict=True):
+        wanted = arrays[f"{case}/{activation}/{name}"]
+        chex.assert_trees_all_close(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_golden_weights_name_every_parameter_and_statistic():
+    model = CvT(golden.WIDTHS, golden.DEPTHS, golden.HEADS)
+    wanted = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), image())
+    got = golden.variables(golden_state(np.load(GOLDEN)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, dict(wanted))
+
+
+def test_keys_are_squeezed_and_the_class_token_goes_around_the_convolutions(tiny):
+    model, variables = tiny
+    _, seen = jax.jit(partial(model.apply, train=False, mutable=["intermediates"]))(
+        variables, image()
+    )
+    weights = {
+        stage: seen["intermediates"][stage]["block_0"]["attention"]["attention_weights"][0]
+        for stage in ("stage_1", "stage_2", "stage_3")
+    }
+    # Maps of 8x10, 4x5 and 2x3: every second row and column as keys, and in the last stage a
+    # class token more on both sides.
+    assert {stage: w.shape for stage, w in weights.items()} == {
+        "stage_1": (2, 1, 80, 20),
+        "stage_2": (2, 2, 20, 6),
+        "stage_3": (2, 3, 1 + 6, 1 + 2),
+    }
+
+
+def test_training_normalises_by_the_batch_and_moves_the_running_statistics():
+    x = 3 + 2 * jax.random.normal(jax.random.key(0), (4, 5, 7, 6))
+    layer = ConvProjection()
+    variables = layer.init(jax.random.key(1), x, train=False)
+    out, changed = layer.apply(variables, x, train=True, mutable=["batch_stats"])
+    assert out.shape == (4, 35, 6)
+    chex.assert_trees_all_close(out.mean((0, 1)), jnp.zeros(6), atol=1e-5)
+    chex.assert_trees_all_close(out.var((0, 1)), jnp.ones(6), rtol=1e-2)
+    identity = {"scale": jnp.ones(6), "bias": jnp.zeros(6)}
+    params = {"params": variables["params"] | {"norm": identity}}
+    still = {"mean": jnp.zeros(6), "var": jnp.ones(6) - 1e-5}
+    before = layer.apply(params | {"batch_stats": {"norm": still}}, x, train=False)
+    chex.assert_trees_all_close(
+        changed["batch_stats"]["norm"],
+        {"mean": 0.1 * before.mean((0, 1)), "var": 0.9 + 0.1 * before.var((0, 1))},
+        rtol=1e-3,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_every_running_statistic_moves_in_training(scan):
+    model = TINY(scan=scan)
+
+    @jax.jit
+    def step(x):
+        variables = model.init(jax.random.key(0), x, train=False)
+        _, changed = model.apply(variables, x, train=True, mutable=["batch_stats"])
+        return variables["batch_stats"], changed["batch_stats"]
+
+    before, after = step(image())
+    chex.assert_trees_all_equal_shapes(before, after)
+    assert all(
+        jnp.abs(a - b).max() > 0
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    )
+
+
+def test_an_image_does_not_depend_on_the_others_of_its_batch(tiny):
+    model, variables = tiny
+    apply = jax.jit(partial(model.apply, train=False))
+    both = image()
+    other = both.at[1].set(image(5)[1])
+    chex.assert_trees_all_equal(
+        jax.tree.map(lambda x: x[0], apply(variables, both)),
+        jax.tree.map(lambda x: x[0], apply(variables, other)),
+    )
+
+
+def test_scan_and_remat_change_neither_values_nor_gradients(tiny):
+    _, variables = tiny
+
+    def loss(model, params, statistics):
+        out, changed = model.apply(
+            {"params": params, "batch_stats": statistics},
+            image(),
+            train=True,
+            mutable=["batch_stats"],
+        )
+        return sum(jnp.sin(m).sum() for m in out.maps) + out.pooled.sum(), changed["batch_stats"]
+
+    def stacked(tree):
+        tree = dict(tree)
+        for name in ("stage_1", "stage_2", "stage_3"):
+            stage = dict(tree[name])
+            blocks = [stage.pop(b) for b in sorted(b for b in stage if b.startswith("block_"))]
+            tree[name] = stage | {"blocks": jax.tree.map(lambda *x: jnp.stack(x), *blocks)}
+        return tree
+
+    def run(model, *trees):
+        step = jax.jit(jax.value_and_grad(partial(loss, model), has_aux=True))
+        (value, statistics), gradient = step(*trees)
+        return value, statistics, gradient
+
+    trees = (variables["params"], variables["batch_stats"])
+    value, statistics, gradient = run(TINY(), *trees)
+    close = partial(chex.assert_trees_all_close, rtol=1e-3, atol=1e-3)
+    close(run(TINY(remat=True), *trees), (value, statistics, gradient))
+    close(
+        run(TINY(scan=True, remat=True), *map(stacked, trees)),
+        (value, stacked(statistics), stacked(gradient)),
+    )
+
+
+def test_drop_path_acts_in_the_last_stage_and_in_training_only(tiny):
+    _, variables = tiny
+    model = TINY(drop_path=0.9)
+
+    @jax.jit
+    def run(key):
+        out, _ = model.apply(
+            variables, image(), train=True, rngs={"dropout": key}, mutable=["batch_stats"]
+        )
+        return out
+
+    first, second = run(jax.random.key(1)), run(jax.random.key(2))
+    chex.assert_trees_all_equal(first.maps[:2], second.maps[:2])
+    assert jnp.abs(first.pooled - second.pooled).max() > 1e-3
+    evaluate = partial(jax.jit, static_argnums=0)(
+        lambda model: model.apply(variables, image(), train=False)
+    )
+    chex.assert_trees_all_equal(evaluate(model), evaluate(TINY()))
+
+
+def test_bfloat16_computes_close_by_and_keeps_float32_parameters(tiny):
+    model, variables = tiny
+    half = TINY(dtype=jnp.bfloat16)
+    shapes = jax.eval_shape(partial(half.init, train=False), jax.random.key(0), image())
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    out = jax.jit(partial(half.apply, train=False))(variables, image())
+    wanted = jax.jit(partial(model.apply, train=False))(variables, image())
+    assert {leaf.dtype for leaf in jax.tree.leaves(out)} == {jnp.dtype("bfloat16")}
+    chex.assert_trees_all_close(
+        out.maps[-1].astype(jnp.float32), wanted.maps[-1], atol=0.1, rtol=0.05
+    )
+
+
+def test_stages_of_unequal_number_and_images_too_small_are_refused():
+    def shapes(model, *size):
+        return jax.eval_shape(
+            partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, *size, 3))
+        )
+
+    with pytest.raises(ValueError, match=r"depths=\(1, 2\) must name one number for each stage"):
+        shapes(TINY(depths=(1, 2)), 32, 32)
+    with pytest.raises(ValueError, match="2x9 pixels is smaller than the 3x3"):
+        shapes(TINY(), 2, 9)
+    shapes(TINY(), 3, 9)

@@ -1,0 +1,230 @@
+from functools import partial
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.golden import swin as golden
+from vit_jax.models import swin
+from vit_jax.models.swin import PatchMerging, Swin, SwinBlock
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "swin_tiny.npz"
+TINY = partial(Swin, width=8, depths=(2, 2), heads=(2, 4), window=2)
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def image(seed=0, shape=(2, 18, 23, 3)):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model = TINY()
+    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), image())
+    table = variables["params"]
+    # Biases that matter: at their start they are nearly 0.
+    table = jax.tree.map_with_path(
+        lambda path, leaf: 30 * leaf if "relative_position_bias" in str(path) else leaf, table
+    )
+    return model, {"params": table}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "parameters"),
+    [
+        ("swin_t", 224, 28_288_354),
+        ("swin_s", 224, 49_606_258),
+        ("swin_b", 224, 87_768_224),
+        ("swin_l", 224, 196_532_476),
+        ("swin_b_384", 384, 87_903_584),
+        ("swin_l_384", 384, 196_735_516),
+    ],
+)
+def test_named_sizes_have_the_published_number_of_parameters(name, size, parameters):
+    model = getattr(swin, name)()
+    pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    features, variables = jax.eval_shape(
+        partial(model.init_with_output, train=False), jax.random.key(0), pixels
+    )
+    width = features.pooled.shape[-1]
+    assert count(variables) + 1000 * (width + 1) == parameters  # with a head for 1,000 classes
+    sides = [size // 4, size // 8, size // 16, size // 32]
+    assert [m.shape for m in features.maps] == [
+        (1, side, side, model.width * 2**i) for i, side in enumerate(sides)
+    ]
+
+
+@pytest.mark.parametrize("case", range(len(golden.SIZES)), ids=[str(s) for s in golden.SIZES])
+def test_every_stage_equals_the_published_implementation(case):
+    arrays = np.load(GOLDEN)
+    state = {k.removeprefix("state/"): arrays[k] for k in arrays if k.startswith("state/")}
+    model = Swin(golden.WIDTH, golden.DEPTHS, golden.HEADS, golden.WINDOW)
+    pixels = arrays[f"{case}/image"].astype(np.float32)
+    out = jax.jit(partial(model.apply, train=False))(golden.variables(state), pixels)
+    names = [f"{case}/map_{i}" for i in range(len(golden.DEPTHS))] + [f"{case}/pooled"]
+    for name, got in zip(names, [*out.maps, out.pooled], strict=True):
+        wanted = arrays[name]
+        chex.assert_trees_all_close(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_golden_weights_name_every_parameter():
+    arrays = np.load(GOLDEN)
+    state = {k.removeprefix("state/"): arrays[k] for k in arrays if k.startswith("state/")}
+    model = Swin(golden.WIDTH, golden.DEPTHS, golden.HEADS, golden.WINDOW)
+    wanted = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), image())
+    chex.assert_trees_all_equal_shapes_and_dtypes(golden.variables(state), wanted)
+
+
+def test_parameters_do_not_depend_on_the_image_size():
+    def shapes(height, width):
+        pixels = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+        return jax.eval_shape(partial(Swin().init, train=False), jax.random.key(0), pixels)
+
+    chex.assert_trees_all_equal_shapes(shapes(1, 3), shapes(30, 50), shapes(300, 230))
+
+
+def block_and_reach(shifted):
+    """Which pixels of an 8x12 map change when pixel (3, 5) does, with windows of 4."""
+    block = SwinBlock(heads=2, window=4, shifted=shifted)
+    x = jax.random.normal(jax.random.key(0), (1, 8, 12, 4))
+
+    @jax.jit
+    def change(x):
+        variables = block.init(jax.random.key(1), x, train=False)
+        moved = x.at[0, 3, 5].add(1.0)
+        return block.apply(variables, moved, train=False) - block.apply(variables, x, train=False)
+
+    return np.asarray(jnp.abs(change(x)).sum(-1)[0] > 0)
+
+
+def test_regular_windows_keep_to_themselves():
+    wanted = np.zeros((8, 12), bool)
+    wanted[0:4, 4:8] = True
+    chex.assert_trees_all_equal(block_and_reach(shifted=False), wanted)
+
+
+def test_shifted_windows_join_neighbours():
+    wanted = np.zeros((8, 12), bool)
+    wanted[2:6, 2:6] = True
+    chex.assert_trees_all_equal(block_and_reach(shifted=True), wanted)
+
+
+def test_a_map_no_larger_than_the_window_is_not_shifted():
+    x = image(shape=(1, 3, 5, 4))
+    variables = SwinBlock(heads=2, window=3).init(jax.random.key(1), x, train=False)
+    regular, shifted = (
+        SwinBlock(heads=2, window=3, shifted=s).apply(variables, x, train=False)
+        for s in (False, True)
+    )
+    chex.assert_trees_all_equal(regular, shifted)
+
+
+def test_patch_merging_lays_columns_of_neighbours_side_by_side():
+    x = jnp.arange(1.0, 7.0).reshape(1, 2, 3, 1) ** 2  # an odd width: a column of zeros is added
+    merge = PatchMerging()
+    variables = merge.init(jax.random.key(0), x)
+    out = merge.apply(variables, x)
+    assert out.shape == (1, 1, 2, 2)
+    kernel = variables["params"]["reduction"]["kernel"]
+    for place, pixels in enumerate([[1, 16, 4, 25], [9, 36, 0, 0]]):
+        four = np.array(pixels, np.float32)
+        four = (four - four.mean()) / np.sqrt(four.var() + 1e-5)
+        chex.assert_trees_all_close(out[0, 0, place], four @ kernel, rtol=1e-5, atol=1e-5)
+
+
+def test_pooled_is_the_mean_of_the_normalised_last_map(tiny):
+    model, variables = tiny
+    out = jax.jit(partial(model.apply, train=False))(variables, image())
+    assert [m.shape for m in out.maps] == [(2, 5, 6, 8), (2, 3, 3, 16)]
+    last = np.asarray(out.maps[-1])
+    normal = (last - last.mean(-1, keepdims=True)) / np.sqrt(last.var(-1, keepdims=True) + 1e-5)
+    chex.assert_trees_all_close(out.pooled, normal.mean((1, 2)), rtol=1e-4, atol=1e-5)
+
+
+def test_an_image_does_not_depend_on_the_others_of_its_batch(tiny):
+    model, variables = tiny
+    apply = jax.jit(partial(model.apply, train=False))
+    both = image()
+    other = both.at[1].set(image(5)[1])
+    chex.assert_trees_all_equal(
+        jax.tree.map(lambda x: x[0], apply(variables, both)),
+        jax.tree.map(lambda x: x[0], apply(variables, other)),
+    )
+
+
+def test_scan_and_remat_change_neither_values_nor_gradients(tiny):
+    _, variables = tiny
+
+    def loss(model, params):
+        out = model.apply({"params": params}, image(), train=False)
+        return sum(jnp.sin(m).sum() for m in out.maps) + out.pooled.sum()
+
+    def stacked(params):  # pairs of blocks: here one pair in each stage
+        params = dict(params)
+        for name in ("stage_1", "stage_2"):
+            stage = dict(params[name])
+            pair = {b: stage.pop(b) for b in ("block_0", "block_1")}
+            params[name] = stage | {"blocks": jax.tree.map(lambda x: x[None], pair)}
+        return params
+
+    plain = jax.jit(jax.value_and_grad(partial(loss, TINY())))
+    value, gradient = plain(variables["params"])
+    remat = jax.jit(jax.value_and_grad(partial(loss, TINY(remat=True))))(variables["params"])
+    chex.assert_trees_all_close(remat, (value, gradient), rtol=1e-4, atol=1e-4)
+    scanned = jax.jit(jax.value_and_grad(partial(loss, TINY(scan=True, remat=True))))
+    chex.assert_trees_all_close(
+        scanned(stacked(variables["params"])), (value, stacked(gradient)), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_scanned_stage_runs_its_pairs_in_order():
+    x = image(shape=(1, 9, 14, 3))
+    plain = Swin(width=4, depths=(4,), heads=(2,), window=2, patch=2)
+    params = jax.jit(partial(plain.init, train=False))(jax.random.key(0), x)["params"]
+    blocks = [params["stage_1"][f"block_{i}"] for i in range(4)]
+    pairs = [{"block_0": blocks[i], "block_1": blocks[i + 1]} for i in (0, 2)]
+    stage = {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs)}
+    wanted = plain.apply({"params": params}, x, train=False)
+    got = plain.clone(scan=True).apply({"params": params | {"stage_1": stage}}, x, train=False)
+    chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_drop_path_acts_in_training_only(tiny, scan):
+    x = image()
+    model = TINY(drop_path=0.9, scan=scan)
+
+    @jax.jit
+    def run(key):
+        variables = model.init(jax.random.key(0), x, train=False)
+        still = model.apply(variables, x, train=False).pooled
+        return still, model.apply(variables, x, train=True, rngs={"dropout": key}).pooled
+
+    still, first = run(jax.random.key(1))
+    again, second = run(jax.random.key(2))
+    chex.assert_trees_all_equal(still, again)
+    assert jnp.abs(first - second).max() > 1e-3
+
+
+def test_bfloat16_computes_close_by_and_keeps_float32_parameters(tiny):
+    model, variables = tiny
+    half = TINY(dtype=jnp.bfloat16)
+    shapes = jax.eval_shape(partial(half.init, train=False), jax.random.key(0), image())
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    out = jax.jit(partial(half.apply, train=False))(variables, image())
+    wanted = jax.jit(partial(model.apply, train=False))(variables, image())
+    assert {leaf.dtype for leaf in jax.tree.leaves(out)} == {jnp.dtype("bfloat16")}
+    chex.assert_trees_all_close(
+        out.maps[-1].astype(jnp.float32), wanted.maps[-1], atol=0.1, rtol=0.05
+    )
+
+
+def test_stages_of_unequal_number_are_refused():
+    with pytest.raises(ValueError, match=r"heads=\(2,\) must name one number for each stage"):
+        jax.eval_shape(partial(TINY(heads=(2,)).init, train=False), jax.random.key(0), image())
