@@ -220,7 +220,8 @@ def claim(workdir: Path, config: dict[str, Any]) -> None:
     if check_owner(workdir, config):
         return
     try:
-        if workdir.exists() and any(workdir.iterdir()):
+        # A dry run may have drawn its batch there.
+        if workdir.exists() and any(p.name != "batch.png" for p in workdir.iterdir()):
             raise ConfigError(
                 f"workdir {workdir} has files but no config.json, so it is no run folder; choose "
                 "another --workdir"

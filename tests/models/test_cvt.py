@@ -23,6 +23,21 @@ def image(seed=0, shape=(2, 34, 43, 3)):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
+def random_variables(model, pixels, seed=0):
+    """Values that matter for every parameter; compiling `init` would take longer than the test."""
+    shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), pixels)
+    random = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name in ("scale", "var"):
+            return random.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+        fan_in = np.prod(leaf.shape[:-1]) if name == "kernel" else 4
+        return (random.normal(size=leaf.shape) / np.sqrt(fan_in)).astype(np.float32)
+
+    return jax.tree.map_with_path(draw, shapes)
+
+
 def golden_state(arrays):
     return {k.removeprefix("state/"): arrays[k] for k in arrays if k.startswith("state/")}
 
@@ -30,7 +45,7 @@ def golden_state(arrays):
 @pytest.fixture(scope="module")
 def tiny():
     model = TINY()
-    return model, jax.jit(partial(model.init, train=False))(jax.random.key(0), image())
+    return model, random_variables(model, image())
 
 
 @pytest.mark.parametrize(
@@ -119,13 +134,9 @@ def test_training_normalises_by_the_batch_and_moves_the_running_statistics():
 def test_every_running_statistic_moves_in_training(scan):
     model = TINY(scan=scan)
 
-    @jax.jit
-    def step(x):
-        variables = model.init(jax.random.key(0), x, train=False)
-        _, changed = model.apply(variables, x, train=True, mutable=["batch_stats"])
-        return variables["batch_stats"], changed["batch_stats"]
-
-    before, after = step(image())
+    variables = random_variables(model, image())
+    step = jax.jit(partial(model.apply, train=True, mutable=["batch_stats"]))
+    before, after = variables["batch_stats"], step(variables, image())[1]["batch_stats"]
     chex.assert_trees_all_equal_shapes(before, after)
     assert all(
         jnp.abs(a - b).max() > 0
@@ -180,23 +191,14 @@ def test_scan_and_remat_change_neither_values_nor_gradients(tiny):
 
 
 def test_drop_path_acts_in_the_last_stage_and_in_training_only(tiny):
-    _, variables = tiny
-    model = TINY(drop_path=0.9)
-
-    @jax.jit
-    def run(key):
-        out, _ = model.apply(
-            variables, image(), train=True, rngs={"dropout": key}, mutable=["batch_stats"]
-        )
-        return out
-
-    first, second = run(jax.random.key(1)), run(jax.random.key(2))
-    chex.assert_trees_all_equal(first.maps[:2], second.maps[:2])
-    assert jnp.abs(first.pooled - second.pooled).max() > 1e-3
-    evaluate = partial(jax.jit, static_argnums=0)(
-        lambda model: model.apply(variables, image(), train=False)
-    )
-    chex.assert_trees_all_equal(evaluate(model), evaluate(TINY()))
+    model, variables = TINY(drop_path=0.5), tiny[1]
+    rngs = [{"dropout": jax.random.key(seed)} for seed in range(3)]
+    train = jax.jit(partial(model.apply, train=True, mutable=["batch_stats"]))
+    first, *others = (train(variables, image(), rngs=r)[0] for r in rngs)
+    chex.assert_trees_all_equal(*(out.maps[:2] for out in [first, *others]))
+    assert any(jnp.abs(first.pooled - other.pooled).max() > 1e-3 for other in others)
+    evaluate = jax.jit(partial(model.apply, train=False))
+    chex.assert_trees_all_equal(*(evaluate(variables, image(), rngs=r) for r in rngs))
 
 
 def test_bfloat16_computes_close_by_and_keeps_float32_parameters(tiny):

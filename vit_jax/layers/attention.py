@@ -46,7 +46,7 @@ def attend(
     if bias is not None:
         logits = logits + jnp.broadcast_to(bias, logits.shape)
     if mask is not None:
-        logits = jnp.where(mask, logits, MASKED)
+        logits = jnp.where(jnp.broadcast_to(mask, logits.shape), logits, MASKED)
     peak = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     weights = jnp.exp(logits - peak)  # [..., A, N, M], not yet normalised
     total = weights.sum(-1, keepdims=True)

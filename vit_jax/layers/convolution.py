@@ -145,23 +145,29 @@ def _input_gradient(
 def _kernel_gradient(
     x: Array, kernel: Array, gradient: Array, *, stride: int, padding: int
 ) -> jax.Array:
-    """Sums over examples in a loop: one example's pixels stay in the cache for all its products."""
+    """Sums over examples in a loop: one example's pixels stay in the cache for all its products.
+
+    The kernel's rows are a loop as well, which costs no time and compiles a third of the code.
+    """
     rows, columns = kernel.shape[:2]
-    size = gradient.shape[1:3]
+    h, w = gradient.shape[1:3]
 
     def add(total: jax.Array, example: tuple[Array, Array]) -> tuple[jax.Array, None]:
         pixels, grad = (part.astype(jnp.float32) for part in example)
         padded = _pad(pixels, padding)
-        sums = [
-            (_taps(padded, i, j, size, stride) * grad).sum((0, 1))
-            for i in range(rows)
-            for j in range(columns)
-        ]
-        return total + jnp.stack(sums), None
 
-    total = jnp.zeros((rows * columns, x.shape[3]), jnp.float32)
+        def row(i: jax.Array) -> jax.Array:
+            height = (h - 1) * stride + 1
+            band = jax.lax.dynamic_slice_in_dim(padded, i, height)  # the pixels that row i meets
+            return jnp.stack(
+                [(_taps(band, 0, j, (h, w), stride) * grad).sum((0, 1)) for j in range(columns)]
+            )
+
+        return total + jax.lax.map(row, jnp.arange(rows)), None
+
+    total = jnp.zeros((rows, columns, x.shape[3]), jnp.float32)
     total, _ = jax.lax.scan(add, total, (x, gradient))
-    return total.reshape(kernel.shape)
+    return total[:, :, None]
 
 
 depthwise_conv.defvjp(_forward, _backward)

@@ -5,9 +5,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from vit_jax.contracts import Array
+from vit_jax.errors import nearest
 from vit_jax.layers.attention import Attention
 
 # GELU's flavours differ by up to 2e-2: a checkpoint agrees only with the one it was trained on.
@@ -20,9 +22,9 @@ ACTIVATIONS = {
 
 
 def activation(name: str) -> Callable[[Array], jax.Array]:
-    """The activation of that name; ValueError names the valid ones."""
+    """The activation of that name; ValueError names the nearest."""
     if name not in ACTIVATIONS:
-        raise ValueError(f"activation={name!r} is none of {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"activation={name!r} does not exist.{nearest(name, ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
@@ -43,9 +45,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> jax.Array:
         """[..., D] -> [..., D]."""
-        dense = partial(
-            nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform()
-        )
+        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
         drop = nn.Dropout(self.dropout, deterministic=not train)
         hidden = drop(activation(self.activation)(dense(self.hidden, name="fc1")(x)))
         return drop(dense(x.shape[-1], name="fc2")(hidden))
@@ -125,14 +125,22 @@ def apply_blocks(
       train: whether dropout and drop path act.
     """
 
-    def body(module: nn.Module, carry: jax.Array, rate: float | Array) -> tuple[jax.Array, None]:
-        return module(carry, rate, train=train), None
-
-    step = nn.remat(body, prevent_cse=not scan) if remat else body
     if not scan:
         for i, rate in enumerate(rates):
-            x, _ = step(block(name=f"block_{i}"), x, rate)
+            # Closed over, not passed: `remat` would trace the rate, and a traced 0 still draws.
+            def run(module: nn.Module, x: jax.Array, rate: float = rate) -> jax.Array:
+                return module(x, rate, train=train)
+
+            run = nn.remat(run) if remat else run
+            x = run(block(name=f"block_{i}"), x)
         return x
+
+    drops = np.any(rates)
+
+    def body(module: nn.Module, carry: jax.Array, rate: Array) -> tuple[jax.Array, None]:
+        return module(carry, rate if drops else rates[0], train=train), None
+
+    step = nn.remat(body, prevent_cse=False) if remat else body
     loop = nn.scan(
         step,
         variable_axes={"params": 0, "batch_stats": 0, "intermediates": 0},

@@ -1,7 +1,7 @@
 """Windows of a feature map and what attention inside them needs: Swin's geometry.
 
-Liu et al. 2021, "Swin Transformer" (arXiv:2103.14030), section 3.2. Windows are numbered row by row,
-and so are the positions inside one.
+Liu et al. 2021, "Swin Transformer" (arXiv:2103.14030), section 3.2. Windows are numbered row by
+row, and so are the positions inside one.
 """
 
 import jax

@@ -151,12 +151,13 @@ class SwinStage(nn.Module):
             pair = partial(SwinPair, self.block)
             return apply_blocks(pair, x, pairs, scan=True, remat=self.remat, train=train)
 
-        def run(block: SwinBlock, x: jax.Array, rate: float) -> jax.Array:
-            return block(x, rate, train=train)
-
-        run = nn.remat(run) if self.remat else run
         for i, rate in enumerate(self.rates):
-            x = run(self.block(shifted=i % 2 == 1, name=f"block_{i}"), x, rate)
+            # Closed over, not passed: `remat` would trace the rate, and a traced 0 still draws.
+            def run(block: SwinBlock, x: jax.Array, rate: float = rate) -> jax.Array:
+                return block(x, rate, train=train)
+
+            run = nn.remat(run) if self.remat else run
+            x = run(self.block(shifted=i % 2 == 1, name=f"block_{i}"), x)
         return x
 
 

@@ -1,0 +1,96 @@
+"""Law 6: every command in README.md and docs/ is executed, shortened to a few steps."""
+
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from vit_jax import main
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# A line's own values come first, so that they are executed too; what makes it short comes last.
+SHORT = ["--config.steps=1", "--config.batch_size=4", "--config.eval_every=1"]
+SMALL = {
+    "vit": ["--config.model.backbone.width=16", "--config.model.backbone.depth=1"],
+    "hybrid": ["--config.model.backbone.width=16", "--config.model.backbone.depth=1"],
+    "swin": ["--config.model.backbone.width=8", "--config.model.backbone.depths=(1,1)"],
+    "cvt": ["--config.model.backbone.widths=(8,8,16)", "--config.model.backbone.depths=(1,1,1)"],
+}
+
+
+def blocks(language):
+    for document in DOCUMENTS:
+        text = document.read_text()
+        yield from re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
+def commands():
+    lines = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in dict.fromkeys(lines) if line]
+
+
+PROGRAM = "python -m vit_jax.main "
+
+
+def test_every_command_is_of_a_kind_that_is_executed_here():
+    known = (PROGRAM, "make ", "source .venv/bin/activate", "pip install -e", "git clone", "cd ")
+    assert commands()
+    for line in commands():
+        assert line.startswith(known), line
+
+
+@pytest.mark.parametrize("line", [c for c in commands() if c.startswith("make ")])
+def test_a_make_target_exists(line):
+    target = line.split()[1]
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An empty folder to work in, with the pictures and datasets that the README speaks of."""
+    place = tmp_path_factory.mktemp("readme")
+    random = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (place / "my_pictures" / name).mkdir(parents=True)
+        for i in range(10):
+            image = random.integers(0, 256, (40, 50, 3), np.uint8)
+            cv2.imwrite(str(place / "my_pictures" / name / f"{i}.jpg"), image)
+    return place
+
+
+def shortened(line):
+    """A command of the documents as arguments for a run of seconds."""
+    argv = line.removeprefix(PROGRAM).split()
+    spec = next((a for a in argv if a.startswith("--config=")), "")
+    if not spec:
+        return argv
+    name, _, recipe = Path(spec.removeprefix("--config=")).name.partition(":")
+    small = SMALL[name.removesuffix(".py")]
+    if recipe in ("cifar10", "imagenet"):  # real ones are downloaded: digits stand in for them
+        argv = [a for a in argv if "data_dir" not in a]
+        argv += ["--config.data.name=digits", "--config.image_size=32"]
+    if "imagenet" in recipe:
+        argv += ["--config.model.backbone.heads=(1,2)"] if "swin" in name else []
+    return [*argv, *SHORT, *small]
+
+
+@pytest.mark.parametrize("line", [c for c in commands() if c.startswith(PROGRAM)])
+def test_a_command_of_the_documents_runs(line, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert main.main(shortened(line)) == 0, capsys.readouterr().err
+
+
+def test_the_python_of_the_documents_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_every_picture_of_the_documents_exists():
+    for document in DOCUMENTS:
+        for link in re.findall(r"!?\[[^\]]*\]\(([^)#]+)\)", document.read_text()):
+            if "://" not in link:
+                assert (document.parent / link).exists(), (document.name, link)

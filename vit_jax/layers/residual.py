@@ -1,0 +1,186 @@
+"""Residual networks: convolutions with standardised weights, bottlenecks, a hybrid ViT's CNN."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vit_jax.contracts import Array
+
+
+def convolve(x: Array, kernel: Array, stride: int = 1, padding: int | str = "SAME") -> jax.Array:
+    """A convolution, as a matrix product where the kernel has one pixel: twice as fast on a CPU.
+
+    Args:
+      x: [B, H, W, C].
+      kernel: [k, k, C, D].
+      stride: step between outputs, in pixels.
+      padding: zeros on all four sides, in pixels; "SAME" is TensorFlow's, which gives
+        ceil(H / stride) rows and puts the odd zero at the bottom and the right. PyTorch's networks
+        pad k // 2 on all sides, which is another network where the stride is 2.
+
+    Returns:
+      [B, h, w, D] in the dtype of `x`.
+    """
+    kernel = kernel.astype(x.dtype)
+    if kernel.shape[:2] == (1, 1) and padding in ("SAME", 0):
+        return jnp.einsum("bhwc,cd->bhwd", x[:, ::stride, ::stride], kernel[0, 0])
+    if not isinstance(padding, str):
+        padding = [(padding, padding)] * 2
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def standardize(kernel: Array, epsilon: float = 1e-5) -> jax.Array:
+    """Mean 0 and deviation 1 of the weights behind each output: [k, k, C, D] -> [k, k, C, D].
+
+    Qiao et al. 2019 (arXiv:1903.10520), eq. 2, with Google's `epsilon` added to the deviation;
+    others add one to the variance, which moves weights of the usual size by up to 1e-3.
+    """
+    mean = kernel.mean((0, 1, 2), keepdims=True)
+    deviation = kernel.std((0, 1, 2), keepdims=True)
+    return (kernel - mean) / (deviation + epsilon)
+
+
+class StdConv(nn.Module):
+    """A convolution without bias, with standardised weights: `standardize`, `convolve`.
+
+    Attributes:
+      features: D.
+      kernel: side of the square kernel.
+      stride: step between outputs, in pixels.
+      padding: zeros on all sides, or "SAME".
+      dtype: of the convolution; weights are standardised in float32.
+    """
+
+    features: int
+    kernel: int
+    stride: int = 1
+    padding: int | str = "SAME"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> jax.Array:
+        """[B, H, W, C] -> [B, h, w, D]."""
+        shape = (self.kernel, self.kernel, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        return convolve(x.astype(self.dtype), standardize(kernel), self.stride, self.padding)
+
+
+class Bottleneck(nn.Module):
+    """A 1x1, a 3x3 and a 1x1 convolution around a shortcut: He et al. 2016 (arXiv:1512.03385),
+    figure 5, with the stride in the 3x3 ("v1.5"). The last norm starts at 0, the block at its
+    shortcut: Goyal et al. 2017 (arXiv:1706.02677), section 5.1.
+
+    Attributes:
+      features: width of the 3x3; the block returns four times as many.
+      conv: makes a convolution from (features, kernel, stride, name=).
+      norm: makes a norm from (scale_init=, name=).
+      stride: of the 3x3 and of the shortcut.
+    """
+
+    features: int
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array) -> jax.Array:
+        """[B, H, W, C] -> [B, h, w, 4 * features]."""
+        shortcut = x
+        if self.stride != 1 or x.shape[-1] != 4 * self.features:
+            shortcut = self.conv(4 * self.features, 1, self.stride, name="shortcut_conv")(x)
+            shortcut = self.norm(name="shortcut_norm")(shortcut)
+        y = self.conv(self.features, 1, 1, name="conv1")(x)
+        y = nn.relu(self.norm(name="norm1")(y))
+        y = self.conv(self.features, 3, self.stride, name="conv2")(y)
+        y = nn.relu(self.norm(name="norm2")(y))
+        y = self.conv(4 * self.features, 1, 1, name="conv3")(y)
+        y = self.norm(scale_init=nn.initializers.zeros, name="norm3")(y)
+        return nn.relu(shortcut + y)
+
+
+class ResidualStage(nn.Module):
+    """Bottlenecks in a row: He et al. 2016, table 1.
+
+    Parameters: `block_0`, `block_1`, ...
+
+    Attributes:
+      features: of each bottleneck.
+      blocks: how many there are.
+      conv: makes a convolution from (features, kernel, stride, name=).
+      norm: makes a norm from (scale_init=, name=).
+      stride: of the first.
+      remat: recomputes each bottleneck's activations in the backward pass.
+    """
+
+    features: int
+    blocks: int
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+    stride: int = 1
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> jax.Array:
+        """[B, H, W, C] -> [B, h, w, 4 * features]."""
+        block = nn.remat(Bottleneck) if self.remat else Bottleneck
+        for i in range(self.blocks):
+            stride = self.stride if i == 0 else 1
+            x = block(self.features, self.conv, self.norm, stride, name=f"block_{i}")(x)
+        return x
+
+
+class HybridStem(nn.Module):
+    """The CNN in front of a hybrid ViT: Dosovitskiy et al. 2021 (arXiv:2010.11929), section 3.1.
+
+    A ResNet with standardised weights and group norms, as in Kolesnikov et al. 2020, "BiT"
+    (arXiv:1912.11370), but with the norms behind the convolutions. All padding is "SAME".
+
+    Parameters: `root_conv`, `root_norm`, and `stage_1`, ... with `block_0`, ... each.
+
+    Attributes:
+      sizes: bottlenecks of each stage; () is the root alone.
+      width: features of the root; 32 groups must divide it.
+      remat: recomputes each bottleneck's activations in the backward pass.
+      dtype: of the computation; parameters stay float32.
+    """
+
+    sizes: Sequence[int]
+    width: int = 64
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @staticmethod
+    def stride(sizes: Sequence[int]) -> int:
+        """Pixels of the image for one of the map: 4, and 2 more times with each later stage."""
+        return 4 * 2 ** max(len(sizes) - 1, 0)
+
+    @nn.compact
+    def __call__(self, x: Array) -> jax.Array:
+        """[B, H, W, 3] -> [B, ceil(H / stride), ceil(W / stride), C].
+
+        C is 4 * width with the first stage, twice that with each later one, width without any.
+
+        Raises:
+          ValueError: if 32 groups do not divide `width`, or a stage has no bottleneck.
+        """
+        if self.width % 32 or self.width < 32:
+            raise ValueError(f"stem_width={self.width} must be a multiple of the 32 groups")
+        if any(size < 1 for size in self.sizes):
+            raise ValueError(
+                f"stem={tuple(self.sizes)} must name at least one block for each stage"
+            )
+        conv = partial(StdConv, dtype=self.dtype)
+        norm = partial(nn.GroupNorm, 32, epsilon=1e-6, dtype=self.dtype)
+        x = nn.relu(norm(name="root_norm")(conv(self.width, 7, 2, name="root_conv")(x)))
+        x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+        for i, blocks in enumerate(self.sizes):
+            stride = 1 if i == 0 else 2
+            x = ResidualStage(
+                self.width * 2**i, blocks, conv, norm, stride, self.remat, name=f"stage_{i + 1}"
+            )(x)
+        return x
