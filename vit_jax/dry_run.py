@@ -73,9 +73,9 @@ def _titles(batch: dict[str, np.ndarray], names: tuple[str, ...]) -> list[str]:
 
 
 def _standard(transforms: tuple) -> tuple[Any, Any]:
-    """Mean and deviation of the last transform, which standardises; 0 and 1 if none does."""
-    last = transforms[-1]
-    return getattr(last, "mean", (0.0,)), getattr(last, "std", (1.0,))
+    """Mean and deviation of the transform that standardises; 0 and 1 if none does."""
+    found = next((t for t in transforms if hasattr(t, "mean") and hasattr(t, "std")), None)
+    return (found.mean, found.std) if found else ((0.0,), (1.0,))
 
 
 def _say_memory(run: Any, train_step: Any, report: Report) -> None:

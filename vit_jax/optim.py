@@ -158,7 +158,7 @@ def make(
       rate of adamw fits; a first moment b1 in bfloat16 (0 is none); second-moment decay up to b2.
 
     The optimizers share one block of a config: what the chosen one does not read is left unread.
-    LAMB takes one norm, and Adafactor one clipping, over all layers of scanned `blocks`.
+    LAMB takes one norm over all layers of scanned `blocks`.
 
     Args:
       spec: values for keys of `DEFAULTS`. `no_decay`, `freeze` and the first entry of each pair

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+from tensorboardX.proto.summary_pb2 import Summary
 
 from vit_jax import cost
 
@@ -33,8 +33,8 @@ class Report:
     """Tells what a run does, on the terminal and in its folder; a context manager.
 
     On a terminal the progress line stays in place and the rest scrolls above it; in a pipe and in
-    log.txt it is a plain line now and then. Nothing here stops a run: what the disk or a closed
-    terminal refuses is counted in `lost`, and said once.
+    log.txt it is a plain line now and then. Nothing here stops a run: what the disk refuses is said
+    once and counted in `lost`.
     """
 
     def __init__(
@@ -69,7 +69,6 @@ class Report:
         terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self._console = Console() if terminal else None
         self._live: Live | None = None
-        self._closed_output = False
         self._last_line = self._last_flush = -math.inf
         self._events: EventsWriter | None = None
         self._pruned = False
@@ -83,7 +82,8 @@ class Report:
         if self.lost:
             self.warn(f"{self.lost} writes failed: what they held is missing in {self.workdir}")
         if self._live is not None:
-            self._live.stop()
+            with suppress(OSError):
+                self._live.stop()
         if self._events is not None:
             self.attempt("close the TensorBoard file", self._events.close)
 
@@ -111,22 +111,23 @@ class Report:
             )
         )
         if self._console is not None:
-            bar = ProgressBar(total=self.total_steps, completed=step)
-            self._print(lambda: self._update(Group(bar, Text(line))))
+            self._draw(Group(ProgressBar(self.total_steps, step), Text(line)))
         now = time.monotonic()
         if now - self._last_line >= self.interval or step >= self.total_steps:
             self._last_line = now
             if self._console is None:
-                self._print(lambda: print(_printable(line), flush=True))
+                self._show(line)
             self._note(line)
 
     def say(self, text: str) -> None:
         """A line above the progress line, and in log.txt with the time."""
-        self._tell(text, "")
+        self._show(text)
+        self._note(text)
 
     def warn(self, text: str) -> None:
         """As `say`, with "warning: " before it; yellow on a terminal."""
-        self._tell(f"warning: {text}", "yellow")
+        self._show(f"warning: {text}", "yellow")
+        self._note(f"warning: {text}")
 
     def write(self, step: int, split: str, numbers: dict[str, float]) -> None:
         """A row of metrics.jsonl, and the same numbers in TensorBoard as `split/name`.
@@ -195,20 +196,28 @@ class Report:
                 session_log=SessionLog(status=SessionLog.START),
             )
             self._events.write_event(start)
-        for name, value in numbers.items():
-            summary = scalar(f"{split}/{name}", value)
-            self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        values = [Summary.Value(tag=f"{split}/{k}", simple_value=v) for k, v in numbers.items()]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        self._events.write_event(event)
         if time.monotonic() - self._last_flush > FLUSH_SECONDS or split != "train":
             self._events.flush()
             self._last_flush = time.monotonic()
 
-    def _tell(self, text: str, style: str) -> None:
-        if self._console is None:
-            self._print(lambda: print(_printable(text), flush=True))
-        else:
-            line = Text(_printable(text), style)
-            self._print(lambda: self._console.print(line, soft_wrap=True))
-        self._note(text)
+    def _show(self, text: str, style: str = "") -> None:
+        encoding = sys.stdout.encoding or "utf-8"  # which may lack what a file's name holds
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        with suppress(OSError):  # a closed pipe, or a terminal that is gone: the run goes on
+            if self._console is None:
+                print(text, flush=True)
+            else:
+                self._console.print(Text(text, style), soft_wrap=True)
+
+    def _draw(self, view: Any) -> None:
+        with suppress(OSError):
+            if self._live is None:
+                self._live = Live(console=self._console, auto_refresh=False)
+                self._live.start()
+            self._live.update(view, refresh=True)
 
     def _note(self, text: str) -> None:
         if self.workdir is None:
@@ -217,21 +226,6 @@ class Report:
             _append(self.workdir / LOG, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
         except OSError:
             self.lost += 1  # not said: saying it would come back here
-
-    def _print(self, show: Callable[[], None]) -> None:
-        """Shows something, unless nobody looks any more: a closed pipe, a terminal that is gone."""
-        if self._closed_output:
-            return
-        try:
-            show()
-        except OSError:
-            self._closed_output = True
-
-    def _update(self, view: Any) -> None:
-        if self._live is None:
-            self._live = Live(console=self._console, auto_refresh=False)
-            self._live.start()
-        self._live.update(view, refresh=True)
 
 
 class _Clock:
@@ -312,12 +306,6 @@ def _append(path: Path, line: str) -> None:
         if written < len(data):
             file.truncate(file.tell() - written)
             raise OSError(f"only {written} of {len(data)} bytes fit on the disk")
-
-
-def _printable(text: str) -> str:
-    """The text, with escapes for what the terminal's encoding lacks: file names hold anything."""
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _short(number: float) -> str:

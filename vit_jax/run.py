@@ -36,6 +36,7 @@ class Run:
     eval_transforms: tuple[Transform, ...]
     mix: Transform | None
     total_steps: int
+    warmup_steps: int
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     abstract_state: step.TrainState  # shapes with shardings
@@ -129,6 +130,7 @@ def set_up(config: dict[str, Any]) -> Run:
     warmup_steps = optim.duration(
         "warmup", **_durations(warmup, "warmup_"), **durations, may_be_zero=True
     )
+    warmup_steps = min(warmup_steps, total)  # a run cut short from the command line is no error
     schedule = optim.schedule(
         name=warmup["name"],
         learning_rate=config["learning_rate"],
@@ -165,6 +167,7 @@ def set_up(config: dict[str, Any]) -> Run:
         eval_transforms=transforms[1],
         mix=mix,
         total_steps=total,
+        warmup_steps=warmup_steps,
         schedule=schedule,
         optimizer=optimizer,
         abstract_state=jax.tree.map(

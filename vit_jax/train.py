@@ -220,7 +220,7 @@ def describe(run: Run, say: Callable[[str], None]) -> None:
     say(f"batch: {shapes}")
     say(
         f"steps: {run.total_steps:,} of {run.config['batch_size']} pictures, "
-        f"{run.steps_per_epoch:.1f} an epoch"
+        f"{run.steps_per_epoch:.1f} an epoch, {run.warmup_steps:,} of them warm-up"
     )
 
 

@@ -20,7 +20,7 @@ def count(tree):
 
 
 def image(seed=0, shape=(2, 18, 23, 3)):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def random_variables(model, pixels, seed=0):
@@ -101,7 +101,7 @@ def test_parameters_do_not_depend_on_the_image_size():
 def block_and_reach(shifted):
     """Which pixels of an 8x12 map change when pixel (3, 5) does, with windows of 4."""
     block = SwinBlock(heads=2, window=4, shifted=shifted)
-    x = jax.random.normal(jax.random.key(0), (1, 8, 12, 4))
+    x = image(shape=(1, 8, 12, 4))
     apply = jax.jit(partial(block.apply, random_variables(block, x), train=False))
     change = apply(x.at[0, 3, 5, 0].add(1.0)) - apply(x)
     return np.asarray(jnp.abs(change).sum(-1)[0] > 0)
@@ -131,14 +131,13 @@ def test_a_map_no_larger_than_the_window_is_not_shifted():
 
 def test_patch_merging_lays_columns_of_neighbours_side_by_side():
     x = jnp.arange(1.0, 7.0).reshape(1, 2, 3, 1) ** 2  # an odd width: a column of zeros is added
-    merge = PatchMerging()
-    variables = merge.init(jax.random.key(0), x)
-    out = merge.apply(variables, x)
+    params = random_variables(PatchMerging(), x)["params"]
+    out = PatchMerging().apply({"params": params}, x)
     assert out.shape == (1, 1, 2, 2)
-    kernel = variables["params"]["reduction"]["kernel"]
+    norm, kernel = params["norm"], params["reduction"]["kernel"]
     for place, pixels in enumerate([[1, 16, 4, 25], [9, 36, 0, 0]]):
         four = np.array(pixels, np.float32)
-        four = (four - four.mean()) / np.sqrt(four.var() + 1e-5)
+        four = (four - four.mean()) / np.sqrt(four.var() + 1e-5) * norm["scale"] + norm["bias"]
         chex.assert_trees_all_close(out[0, 0, place], four @ kernel, rtol=1e-5, atol=1e-5)
 
 
@@ -148,7 +147,9 @@ def test_pooled_is_the_mean_of_the_normalised_last_map(tiny):
     assert [m.shape for m in out.maps] == [(2, 5, 6, 8), (2, 3, 3, 16)]
     last = np.asarray(out.maps[-1])
     normal = (last - last.mean(-1, keepdims=True)) / np.sqrt(last.var(-1, keepdims=True) + 1e-5)
-    chex.assert_trees_all_close(out.pooled, normal.mean((1, 2)), rtol=1e-4, atol=1e-5)
+    norm = variables["params"]["norm"]
+    wanted = normal.mean((1, 2)) * norm["scale"][None] + norm["bias"][None]
+    chex.assert_trees_all_close(out.pooled, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_an_image_does_not_depend_on_the_others_of_its_batch(tiny):

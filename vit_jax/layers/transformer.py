@@ -124,7 +124,6 @@ def apply_blocks(
       remat: recomputes each block's activations in the backward pass instead of keeping them.
       train: whether dropout and drop path act.
     """
-
     if not scan:
         for i, rate in enumerate(rates):
             # Closed over, not passed: `remat` would trace the rate, and a traced 0 still draws.

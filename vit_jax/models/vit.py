@@ -102,7 +102,7 @@ class ViT(nn.Module):
             token = jnp.broadcast_to(token.astype(x.dtype), (len(x), 1, self.width))
             x = jnp.concatenate([token, x], 1)  # [B, 1 + h w, D]
         x = x + self._positions(size, stride, tokens).astype(x.dtype)[None]
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
 
         block = partial(
             EncoderBlock,

@@ -114,6 +114,6 @@ class Classification:
     ) -> tuple[np.ndarray, str, bool]:
         """A picture and its prediction -> (picture, "7 (51 %), is 1", False)."""
         guess, truth = int(prediction["label"]), int(example["label"])
-        title = f"{names[guess]} ({float(prediction['probability']):.0%})".replace("%", " %")
+        title = f"{names[guess]} ({100 * float(prediction['probability']):.0f} %)"
         right = guess == truth
         return image, title if right else f"{title}, is {names[truth]}", right

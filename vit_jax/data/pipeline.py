@@ -1,0 +1,371 @@
+"""From a dataset to batches, by Grain: a batch is a function of the seed and the step alone."""
+
+import ctypes
+import dataclasses
+import importlib
+import inspect
+import os
+import pkgutil
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import cv2
+import grain
+import numpy as np
+from absl import flags
+
+import vit_jax.data
+from vit_jax.contracts import Batch, Dataset, Example, Transform
+from vit_jax.data import tfds
+from vit_jax.data.decode import MAX_PIXELS, decode
+from vit_jax.errors import ConfigError, DataError, nearest
+
+READY = 2  # batches that are made in advance
+BLANK = (256, 256, 3)  # a picture's shape where none can be read
+TRIED = 16  # examples among which to look for a picture that can be read
+FOREVER = sys.maxsize // 4
+ROWS, PAIRS, EVALUATION = range(3)  # independent streams of randomness
+
+
+def open_dataset(name: str, split: str, data_dir: str = "", **options: Any) -> Dataset:
+    """The split "train" or "validation" of a dataset.
+
+    Args:
+      name: a module of `vit_jax.data` that defines `open`, such as "digits" or "folder"; any other
+        name is a dataset of TFDS, such as "cifar10".
+      split: which one.
+      data_dir: where the data lies.
+      **options: what that module's `open` takes besides.
+
+    Raises:
+      ConfigError: if there is no such dataset or option, with the nearest names.
+      DataError: if the data is missing, empty or broken.
+    """
+    own = [info.name for info in pkgutil.iter_modules(vit_jax.data.__path__)]
+    own = {n: importlib.import_module(f"vit_jax.data.{n}") for n in own}
+    own = {n: module for n, module in own.items() if hasattr(module, "open") and module != tfds}
+    accepted = set(inspect.signature(own.get(name, tfds).open).parameters)
+    accepted -= {"split", "data_dir", "name", "beside"}
+    for option in options:
+        if option not in accepted:
+            hint = nearest(option, accepted) or " It has none."
+            raise ConfigError(f"data.options: {name} has no option {option!r}.{hint}")
+    if name in own:
+        return own[name].open(split, data_dir=data_dir, **options)
+    return tfds.open(split, name=name, data_dir=data_dir, beside=tuple(own), **options)
+
+
+def decoded(example: Example, max_pixels: int | None = None) -> Example:
+    """The example with its `image` as uint8 [H, W, 3]; `max_pixels` None is `decode`'s own limit.
+
+    Raises:
+      DataError: if the picture cannot be decoded.
+    """
+    image = example["image"]
+    if isinstance(image, bytes):
+        image = decode(image, max_pixels=MAX_PIXELS if max_pixels is None else max_pixels)
+    return example | {"image": image}
+
+
+def train_batches(
+    dataset: Dataset,
+    transforms: Sequence[Transform],
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    mix: Transform | None = None,
+    max_pixels: int | None = None,
+    threads: int = 0,
+    workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Batches for ever: each epoch sees each example once, in an order of its own.
+
+    Example n of the stream, counted over all epochs, is a function of (seed, n): so the batches do
+    not depend on threads, workers, hosts or on where the stream starts. Host p of P gets rows
+    [p B/P, (p + 1) B/P) of each global batch of B.
+
+    Args:
+      dataset: where the examples come from.
+      transforms: applied one after the other; the last result has a fixed size.
+      batch_size: B, over all hosts.
+      seed: 0 to 2**32 - 1.
+      start_step: number of the first batch; any costs the same.
+      mix: called on each pair of rows 2i, 2i + 1, such as `MixUpCutMix`.
+      max_pixels: larger pictures count as broken; None is the limit of `decode`.
+      threads: that decode and transform; 0 makes each batch when it is asked for.
+      workers: processes that do so, with a share of the threads each; 0 is this process alone.
+      process_index: p.
+      process_count: P.
+
+    Returns:
+      An iterator; `close()` ends its threads and processes. A batch has `image`, `label` and what
+      else the examples hold, `index` (in the dataset), `valid` (False where the picture is broken:
+      its row is all zeros, see `broken`), and what `mix` adds.
+
+    Raises:
+      ConfigError: if the sizes do not fit; while iterating, if pictures of different sizes meet.
+      DataError: if the dataset is empty.
+    """
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed={seed!r} must lie between 0 and 2**32 - 1")
+    rows = _rows_of_host(batch_size, process_count)
+    if mix is not None and rows % 2:
+        raise ConfigError(
+            f"batch_size={batch_size} over {process_count} hosts is {rows} rows each, but mixing "
+            f"pairs of rows needs an even number: try {batch_size + process_count}"
+        )
+    batches = _Batches(
+        dataset=dataset,
+        transforms=tuple(transforms),
+        rows=rows,
+        stride=batch_size,
+        first=process_index * rows,
+        seed=seed,
+        shuffled=True,
+        mix=mix,
+        max_pixels=max_pixels,
+        threads=-(-threads // max(workers, 1)),
+        template=_template(dataset, transforms, mix, max_pixels),
+    )
+    return _iterate(batches, start_step, threads > 0, workers)
+
+
+def eval_batches(
+    dataset: Dataset,
+    transforms: Sequence[Transform],
+    *,
+    batch_size: int,
+    max_pixels: int | None = None,
+    threads: int = 0,
+    workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Every example exactly once, in order; then it ends.
+
+    The last batch is as large as the others, padded with rows of zeros whose `valid` is False and
+    whose `index` is -1; every host gets the same number of batches. Arguments, results and errors
+    are those of `train_batches`.
+    """
+    rows = _rows_of_host(batch_size, process_count)
+    batches = _Batches(
+        dataset=dataset,
+        transforms=tuple(transforms),
+        rows=rows,
+        stride=batch_size,
+        first=process_index * rows,
+        seed=0,
+        shuffled=False,
+        mix=None,
+        max_pixels=max_pixels,
+        threads=-(-threads // max(workers, 1)),
+        template=_template(dataset, transforms, None, max_pixels),
+    )
+    return _iterate(batches, 0, threads > 0, workers)
+
+
+def broken(batch: Batch, dataset: Dataset, max_pixels: int | None = None) -> list[str]:
+    """For each row whose picture is broken, its name and why: `cats/a.jpg: the file is empty`."""
+    texts = []
+    for row in np.flatnonzero((batch["index"] >= 0) & ~batch["valid"]):
+        index = int(batch["index"][row])
+        try:
+            decoded(dataset[index], max_pixels)
+            reason = "could not be read, but can be now"
+        except DataError as error:
+            reason = str(error)
+        texts.append(f"{dataset.name(index)}: {reason}")
+    return texts
+
+
+def _rows_of_host(batch_size: int, process_count: int) -> int:
+    if batch_size < 1 or batch_size % process_count:
+        raise ConfigError(
+            f"batch_size={batch_size} must be a multiple of the {process_count} hosts, such as "
+            f"{max(batch_size // process_count, 1) * process_count}"
+        )
+    return batch_size // process_count
+
+
+def _random(seed: int, stream: int, position: int) -> np.random.Generator:
+    """The chance of one place in a stream."""
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, position]))
+
+
+def _template(
+    dataset: Dataset, transforms: Sequence[Transform], mix: Transform | None, max_pixels: int | None
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and type of a row of each entry, read off the first picture that is not broken."""
+    if not len(dataset):
+        raise DataError("the dataset has no examples")
+    example: Example = {"image": np.zeros(BLANK, np.uint8), "label": 0}
+    for index in range(min(len(dataset), TRIED)):
+        try:
+            example = decoded(dataset[index], max_pixels)
+            break
+        except DataError:
+            continue
+    rng = _random(0, ROWS, 0)
+    for transform in transforms:
+        example = transform(example, rng)
+    row = {k: np.asarray(v) for k, v in example.items()} | {"valid": np.array(True)}
+    row["label"] = row["label"].astype(np.int32)
+    if mix is not None:
+        pair = mix({k: np.stack([v, v]) for k, v in row.items()}, rng)
+        row = {k: v[0] for k, v in pair.items()}
+    return {k: (v.shape, v.dtype) for k, v in (row | {"index": np.int64(0)}).items()}
+
+
+@dataclasses.dataclass
+class _Batches:
+    """Batch n of one host, by its number: what Grain prefetches and spreads over processes."""
+
+    dataset: Dataset
+    transforms: tuple[Transform, ...]
+    rows: int  # of this host
+    stride: int  # rows of all hosts
+    first: int  # this host's first row
+    seed: int
+    shuffled: bool
+    mix: Transform | None
+    max_pixels: int | None
+    threads: int
+    template: dict[str, tuple[tuple[int, ...], np.dtype]]
+
+    def __post_init__(self):
+        self._order = self._pool = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_order": None, "_pool": None}
+
+    def __len__(self) -> int:
+        return FOREVER if self.shuffled else -(-len(self.dataset) // self.stride)
+
+    def __getitem__(self, number: int) -> Batch:
+        start = int(number) * self.stride + self.first
+        batch = {
+            key: np.zeros((self.rows, *shape), dtype)
+            for key, (shape, dtype) in self.template.items()
+        }
+        batch["index"][:] = [self._index(start + row) for row in range(self.rows)]
+        # Parts are of whole pairs, and more than one a thread, since pictures differ in cost.
+        size = max(-(-self.rows // (4 * max(self.threads, 1))), 16)
+        size += size % 2
+        parts = [slice(row, row + size) for row in range(0, self.rows, size)]
+        if self.threads and len(parts) > 1:
+            list(self._workers().map(lambda part: self._fill(batch, part, start), parts))
+        else:
+            for part in parts:
+                self._fill(batch, part, start)
+        return batch
+
+    def _workers(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="vit-jax-data")
+        return self._pool
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _index(self, position: int) -> int:
+        """Which example stands at that place of the stream; -1 after the end."""
+        if not self.shuffled:
+            return position if position < len(self.dataset) else -1
+        if self._order is None:
+            order = grain.MapDataset.range(len(self.dataset)).seed(self.seed)
+            self._order = order.shuffle().repeat()  # another order in each epoch
+        return int(self._order[position])
+
+    def _fill(self, batch: Batch, part: slice, start: int) -> None:
+        """Makes the rows of `part` in place."""
+        indices = batch["index"][part]
+        stream = ROWS if self.shuffled else EVALUATION
+        for row, read in zip(range(part.start, part.start + len(indices)), self._read(indices)):
+            # An exception here would lose the batch: a broken picture is a row of zeros.
+            if isinstance(read, DataError) or read is None:
+                continue
+            try:
+                example = decoded(read, self.max_pixels)
+            except DataError:
+                continue
+            rng = _random(self.seed, stream, start + row)
+            for transform in self.transforms:
+                example = transform(example, rng)
+            self._put(batch, row, example)
+            batch["valid"][row] = True
+        if self.mix is not None:
+            for row in range(part.start, part.start + len(indices), 2):
+                pair = {key: value[row : row + 2] for key, value in batch.items()}
+                rng = _random(self.seed, PAIRS, (start + row) // 2)
+                for key, value in self.mix(pair, rng).items():
+                    batch[key][row : row + 2] = value
+
+    def _read(self, indices: np.ndarray) -> list[Example | DataError | None]:
+        """Examples as the dataset has them; None for padding."""
+        wanted = [int(index) for index in indices if index >= 0]
+        read: list[Example | DataError | None] = []
+        if hasattr(self.dataset, "__getitems__"):
+            try:
+                read = list(self.dataset.__getitems__(wanted)) if wanted else []
+            except DataError:
+                read = []  # one of them is broken: find out which
+        if len(read) != len(wanted):
+            read = [self._read_one(index) for index in wanted]
+        return read + [None] * (len(indices) - len(read))  # only the end is padded
+
+    def _read_one(self, index: int) -> Example | DataError:
+        try:
+            return self.dataset[index]
+        except DataError as error:
+            return error
+
+    def _put(self, batch: Batch, row: int, example: Example) -> None:
+        for key, value in example.items():
+            shape = np.shape(value)
+            if shape != batch[key].shape[1:]:
+                name = self.dataset.name(int(batch["index"][row]))
+                raise ConfigError(
+                    f"{key} of {name} has shape {list(shape)} and others "
+                    f"{list(batch[key].shape[1:])}: the transforms must end in a fixed size, as "
+                    "with Resize(size=(H, W)), ResizeCenterCrop, RandomCrop or RandomResizedCrop"
+                )
+            batch[key][row] = value
+
+
+def _iterate(batches: _Batches, start: int, ahead: bool, workers: int) -> Iterator[Batch]:
+    # Threads of ours do what OpenCV's own would do, without two pools fighting for the cores.
+    cv2.setNumThreads(0)
+    dataset = grain.MapDataset.source(batches)[start:]
+    options = grain.ReadOptions(
+        num_threads=READY if ahead else 0, prefetch_buffer_size=READY if ahead else 0
+    )
+    stream = dataset.to_iter_dataset(options)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # Grain hands its flags on to the processes it starts
+            flags.FLAGS.mark_as_parsed()
+        processes = grain.MultiprocessingOptions(num_workers=workers)
+        stream = stream.mp_prefetch(processes, worker_init_fn=_start_worker)
+    iterator = iter(stream)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+        batches.close()
+
+
+def _start_worker(*_: int) -> None:
+    """Leaves signals to the parent, and ends with it even if it is killed."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() == 1:  # the parent died before that
+        os._exit(1)
+    cv2.setNumThreads(0)

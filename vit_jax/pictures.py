@@ -1,0 +1,348 @@
+"""The pictures in a run's folder: curves.png, predictions.png, batch.png.
+
+Drawn with Matplotlib's objects, without its global state and without a display.
+"""
+
+import os
+import textwrap
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, PercentFormatter
+from PIL import Image
+
+from vit_jax.report import read_metrics
+
+# Okabe and Ito's colours, which the colour-blind tell apart.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
+SPLITS = {
+    "train": ("training", BLUE, "-"),
+    "validation": ("validation", ORANGE, "-"),
+    "validation_ema": ("validation, mean of parameters", GREEN, "--"),
+}
+SMALL = {"learning_rate": "learning rate", "grad_norm": "gradient norm"}  # the lower panels
+PERCENT_TICKS = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 1.0)  # of a stretched axis
+NEAR_ONE = 0.004  # errors below this are not told apart on it
+DPI = 100
+SIDE, GAP, LINE_HEIGHT, MARGIN = 128, 16, 15, 18  # pixels of a contact sheet
+LINE_LENGTH = 20  # characters that fit below a picture of that side
+MOST = 64  # pictures of a batch that are drawn
+
+
+def curves(workdir: str | Path) -> Path | None:
+    """Draws curves.png from metrics.jsonl: loss and accuracy, learning rate and gradient norm.
+
+    The training curve is a running mean, with the raw one faintly behind it.
+
+    Returns:
+      The picture's path, or None while there are no rows.
+    """
+    rows = read_metrics(workdir)
+    if not rows:
+        return None
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    rest = [n for n in names if n not in ("step", "epoch", "split", "loss", *SMALL)]
+    headline = next((n for n in rest if n.startswith("accuracy")), None)
+    large = [n for n in ("loss", headline) if n in names]
+    small = [n for n in SMALL if n in names]
+    columns = 2 if max(len(large), len(small)) > 1 else 1
+
+    width, height = 6.2 * columns, 6.6 if small else 5.0  # inches
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    grid = figure.add_gridspec(
+        1 + bool(small),
+        columns,
+        height_ratios=[3, 1][: 1 + bool(small)],
+        # Fixed margins: finding them takes Matplotlib as long as all the rest.
+        left=0.75 / width,
+        right=1 - 0.75 / width,
+        bottom=0.65 / height,
+        top=1 - 0.75 / height,
+        wspace=0.3,
+        hspace=0.42,
+    )
+    for column, name in enumerate(large):
+        _large_panel(figure.add_subplot(grid[0, column]), rows, name)
+    for column, name in enumerate(small):
+        _small_panel(figure.add_subplot(grid[1, column]), rows, name)
+    figure.suptitle(_title(Path(workdir), rows, headline), fontsize=13, y=0.98, parse_math=False)
+    return _save(figure, Path(workdir) / "curves.png")
+
+
+def _series(rows: list[dict], split: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of one curve; NaN where a value is not finite."""
+    chosen = [(row["step"], row[name]) for row in rows if row["split"] == split and name in row]
+    steps, values = np.array(chosen, float).reshape(-1, 2).T
+    return steps, np.where(np.isfinite(values), values, np.nan)
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """The mean over a window of about a fifteenth of the curve, shorter at its ends; skips NaN."""
+    half = len(values) // 30
+    window = np.ones(2 * half + 1)
+    known = np.isfinite(values)
+    total = np.convolve(np.where(known, values, 0.0), window)[half : half + len(values)]
+    count = np.convolve(known.astype(float), window)[half : half + len(values)]
+    return np.where(known, total / np.maximum(count, 1.0), np.nan)
+
+
+def _large_panel(axes: Axes, rows: list[dict], name: str) -> None:
+    percent = name.startswith("accuracy")
+    everything, labels = [], []
+    for split, (label, color, line) in SPLITS.items():
+        steps, values = _series(rows, split, name)
+        if not np.isfinite(values).any():
+            continue
+        smoothed = smooth(values) if split == "train" else values
+        if split == "train" and len(values) >= 30:
+            axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        dots = "o" if len(steps) == 1 or (split != "train" and len(steps) <= 60) else None
+        if split != "train" and len(steps) > 1:
+            at = np.nanargmax(values) if percent else np.nanargmin(values)
+            label += f" (★ {_value(values[at], percent)})"
+            axes.plot(
+                steps[at], values[at], "*", color=color, markersize=11, zorder=5, clip_on=False
+            )
+        style = {"color": color, "linewidth": 1.8, "marker": dots, "markersize": 3.5}
+        axes.plot(steps, smoothed, line, label=label, clip_on=False, **style)
+        everything.append(values[np.isfinite(values)])
+        last = smoothed[np.isfinite(smoothed)][-1]
+        labels.append((last, _value(last, percent), color))
+    if not everything:
+        axes.text(0.5, 0.5, "no finite number", ha="center", transform=axes.transAxes)
+        return
+    everything = np.concatenate(everything)
+    if not percent and everything.min() > 0 and everything.max() > 20 * everything.min():
+        axes.set_yscale("log")
+    if percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
+        if everything.max() > 0.9:  # where runs differ by what they still get wrong
+            axes.set_yscale("function", functions=(_stretch, _unstretch))
+            axes.yaxis.set_major_locator(FixedLocator(PERCENT_TICKS))
+        low = everything.min()
+        axes.set_ylim(max(low - 0.05 * (1.0 - low), 0.0), 1.0)
+    axes.set_title(name.replace("_", " "), fontsize=11, fontweight="bold", loc="left")
+    axes.legend(frameon=False, fontsize=9, loc="lower right" if percent else "upper right")
+    _dress(axes, rows)
+    _label_ends(axes, labels)
+
+
+def _stretch(accuracy: np.ndarray) -> np.ndarray:
+    return -np.log(1.0 + NEAR_ONE - np.minimum(accuracy, 1.0))
+
+
+def _unstretch(height: np.ndarray) -> np.ndarray:
+    return 1.0 + NEAR_ONE - np.exp(-height)
+
+
+def _label_ends(axes: Axes, labels: list[tuple[float, str, str]]) -> None:
+    """Writes the last values beside the right edge, pushed apart where they would overlap."""
+    axes.autoscale_view()
+    place = axes.transAxes.inverted()
+    heights = [place.transform(axes.transData.transform((0, v)))[1] for v, _, _ in labels]
+    order = np.argsort(heights)
+    apart = 0.05 * np.arange(len(labels))
+    places = np.maximum.accumulate(np.array(heights)[order] - apart) + apart  # pushed up
+    places = np.minimum(places, 1.0 - apart[::-1])  # and back, below the upper edge
+    for at, height in zip(order, places):
+        _, text, color = labels[at]
+        style = {"color": color, "fontsize": 9, "va": "center", "transform": axes.transAxes}
+        axes.text(1.015, height, text, **style)
+
+
+def _small_panel(axes: Axes, rows: list[dict], name: str) -> None:
+    steps, values = _series(rows, "train", name)
+    axes.plot(
+        steps,
+        values,
+        color=GREY,
+        linewidth=1.2,
+        marker="o" if len(steps) == 1 else None,
+        clip_on=False,
+    )
+    known = values[np.isfinite(values)]
+    if name == "grad_norm" and len(known) and known.min() > 0 and known.max() > 10 * known.min():
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=min(0.0, known.min(initial=0.0)))
+    axes.set_title(SMALL[name], fontsize=10, loc="left")
+    _dress(axes, rows)
+    if len(known):
+        _label_ends(axes, [(known[-1], f"{known[-1]:.2g}", GREY)])
+
+
+def _dress(axes: Axes, rows: list[dict]) -> None:
+    """Quiet frame and grid; whole epochs below where there are some, with their steps."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.tick_params(labelsize=9)
+    last = max(rows, key=lambda row: row["step"])
+    steps, epochs = max(last["step"], 1), last["epoch"]
+    axes.set_xlim(0, steps)
+    if epochs >= 2:
+        ticks = MaxNLocator(6, integer=True).tick_values(0, epochs)
+        per_epoch = steps / epochs
+        axes.xaxis.set_major_locator(FixedLocator(ticks[ticks <= epochs] * per_epoch))
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda step, _: f"{step / per_epoch:.0f}\n({step:,.0f})")
+        )
+        axes.set_xlabel("epoch (step)", fontsize=9)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.set_xlabel("step", fontsize=9)
+
+
+def _value(value: float, percent: bool) -> str:
+    return f"{100 * value:.2f} %" if percent else f"{value:.3g}"
+
+
+def _title(workdir: Path, rows: list[dict], headline: str | None) -> str:
+    name = workdir.resolve().name
+    best = None
+    if headline:
+        kept = [r for r in rows if r["split"] != "train" and np.isfinite(r.get(headline, np.nan))]
+        best = max(kept, key=lambda r: r[headline], default=None)
+    if best is None:
+        return f"{name}: step {rows[-1]['step']:,}"
+    word = headline.replace("_", " ")
+    return (
+        f"{name}: best validation {word} {_value(best[headline], True)} "
+        f"at step {best['step']:,} (epoch {best['epoch']:.3g})"
+    )
+
+
+def predictions(
+    workdir_or_path: str | Path, pictures: Sequence[tuple[np.ndarray, str, bool]]
+) -> Path:
+    """Draws predictions.png: pictures with a green frame where right and a red one where wrong.
+
+    Args:
+      workdir_or_path: the picture's path, or the folder of a predictions.png.
+      pictures: (uint8 [H, W, 3] of any size, title, whether it is right).
+
+    Returns:
+      The picture's path.
+    """
+    path = Path(workdir_or_path)
+    path = path / "predictions.png" if path.is_dir() else path
+    right = sum(bool(right) for _, _, right in pictures)
+    return _sheet(
+        path,
+        [picture for picture, _, _ in pictures],
+        [title for _, title, _ in pictures],
+        [GREEN if right else ORANGE for _, _, right in pictures],
+        f"{right} of {len(pictures)} right",
+    )
+
+
+def batch(
+    path: str | Path,
+    images: np.ndarray,
+    titles: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Path:
+    """Draws the first pictures of a batch as the model sees them.
+
+    Args:
+      path: of the picture.
+      images: [B, H, W, 3] float32, standardised.
+      titles: one for each image.
+      mean: what was subtracted from channels in [0, 1], one number or one for each.
+      std: what the difference was divided by, likewise.
+
+    Returns:
+      The picture's path.
+    """
+    images = np.asarray(images[:MOST], np.float32) * np.float32(std) + np.float32(mean)
+    pictures = (255 * np.clip(images, 0, 1) + 0.5).astype(np.uint8)
+    shown = "" if len(pictures) == len(titles) else f", the first {len(pictures)} shown"
+    header = f"a batch of {len(titles)} pictures of {images.shape[1]} x {images.shape[2]}{shown}"
+    return _sheet(Path(path), list(pictures), titles[:MOST], [None] * len(pictures), header)
+
+
+def _sheet(
+    path: Path,
+    pictures: Sequence[np.ndarray],
+    titles: Sequence[str],
+    colors: Sequence[str | None],
+    header: str,
+) -> Path:
+    """A grid of pictures with titles below them and frames around those that have a colour."""
+    texts = [_wrap(title) for title in titles]
+    lines = max((text.count("\n") + 1 for text in texts), default=1)
+    columns = min(max(len(pictures), 1), 8)
+    rows = -(-len(pictures) // columns)
+    step_x, step_y = SIDE + GAP, SIDE + GAP + lines * LINE_HEIGHT
+    width = max(columns * step_x - GAP + 2 * MARGIN, 420)  # the header's width
+    top = 2 * MARGIN + LINE_HEIGHT
+    height = top + rows * step_y
+    canvas = np.full((height, width, 3), 255, np.uint8)
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.text(MARGIN, MARGIN, header, fontsize=11, va="top", parse_math=False)
+    for i, (picture, text, color) in enumerate(zip(pictures, texts, colors, strict=True)):
+        x, y = MARGIN + (i % columns) * step_x, top + (i // columns) * step_y
+        fitted = _fit(picture)
+        h, w = fitted.shape[:2]
+        left, upper = x + (SIDE - w) // 2, y + (SIDE - h) // 2
+        canvas[upper : upper + h, left : left + w] = fitted
+        if color:
+            corner = (left - 2, upper - 2)
+            axes.add_patch(Rectangle(corner, w + 4, h + 4, fill=False, color=color, linewidth=2.5))
+        axes.text(
+            x + SIDE / 2,
+            y + SIDE + 5,
+            text,
+            color=color or "black",
+            fontsize=8,
+            ha="center",
+            va="top",
+            parse_math=False,
+        )
+    axes.imshow(canvas, extent=(0, width, height, 0), interpolation="nearest", zorder=0)
+    return _save(figure, path)
+
+
+def _fit(picture: np.ndarray) -> np.ndarray:
+    """Enlarged by a whole factor, so that pixels stay pixels, or made smaller, to fit a cell."""
+    h, w = picture.shape[:2]
+    factor = SIDE // max(h, w)
+    if factor:
+        return np.repeat(np.repeat(picture, factor, 0), factor, 1)
+    scale = SIDE / max(h, w)
+    size = (max(round(w * scale), 1), max(round(h * scale), 1))
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
+
+
+def _wrap(title: str) -> str:
+    """At most three lines that fit below a picture; what is too long loses its middle."""
+    words = title.encode("utf-8", "replace").decode().replace(" %", "\N{NO-BREAK SPACE}%")
+    words = " ".join(_shorten(word) for word in words.split(" "))
+    lines = textwrap.wrap(words, LINE_LENGTH)
+    return "\n".join([*lines[:2], _shorten(" ".join(lines[2:]))][: len(lines)])
+
+
+def _shorten(text: str) -> str:
+    if len(text) <= LINE_LENGTH:
+        return text
+    return text[: LINE_LENGTH // 2] + "…" + text[1 - LINE_LENGTH // 2 :]
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    """Writes the whole picture or none: a viewer may have the old one open."""
+    new = path.with_name(path.name + ".tmp")
+    with warnings.catch_warnings():
+        # A class's name may be in a script that the font lacks; it is drawn as boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        FigureCanvasAgg(figure).print_png(new)
+    os.replace(new, path)
+    return path
