@@ -59,7 +59,8 @@ def curves(workdir: str | Path) -> Path | None:
         1 + bool(small),
         columns,
         height_ratios=[3, 1][: 1 + bool(small)],
-        # Fixed margins: finding them takes Matplotlib as long as all the rest.
+        # Fixed margins, and titles with a fixed height (y=1.0): finding them takes Matplotlib as
+        # long as all the rest.
         left=0.75 / width,
         right=1 - 0.75 / width,
         bottom=0.65 / height,
@@ -83,16 +84,19 @@ def _series(rows: list[dict], split: str, name: str) -> tuple[np.ndarray, np.nda
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """The mean over a window of about a fifteenth of the curve, shorter at its ends; skips NaN."""
-    half = len(values) // 30
-    window = np.ones(2 * half + 1)
+    """The mean over a window of about a tenth of the curve, shorter at its ends; skips NaN."""
+    half, at = len(values) // 20, np.arange(len(values))
+    first, end = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
     known = np.isfinite(values)
-    total = np.convolve(np.where(known, values, 0.0), window)[half : half + len(values)]
-    count = np.convolve(known.astype(float), window)[half : half + len(values)]
-    return np.where(known, total / np.maximum(count, 1.0), np.nan)
+    total = np.insert(np.cumsum(np.where(known, values, 0.0)), 0, 0.0)
+    count = np.insert(np.cumsum(known), 0, 0)
+    mean = (total[end] - total[first]) / np.maximum(count[end] - count[first], 1)
+    return np.where(known, mean, np.nan)
 
 
 def _large_panel(axes: Axes, rows: list[dict], name: str) -> None:
+    axes.set_title(name.replace("_", " "), fontsize=11, fontweight="bold", loc="left", y=1.0)
+    _dress(axes, rows)
     percent = name.startswith("accuracy")
     everything, labels = [], []
     for split, (label, color, line) in SPLITS.items():
@@ -100,7 +104,7 @@ def _large_panel(axes: Axes, rows: list[dict], name: str) -> None:
         if not np.isfinite(values).any():
             continue
         smoothed = smooth(values) if split == "train" else values
-        if split == "train" and len(values) >= 30:
+        if split == "train" and len(values) >= 20:
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
         dots = "o" if len(steps) == 1 or (split != "train" and len(steps) <= 60) else None
         if split != "train" and len(steps) > 1:
@@ -118,18 +122,19 @@ def _large_panel(axes: Axes, rows: list[dict], name: str) -> None:
         axes.text(0.5, 0.5, "no finite number", ha="center", transform=axes.transAxes)
         return
     everything = np.concatenate(everything)
-    if not percent and everything.min() > 0 and everything.max() > 20 * everything.min():
-        axes.set_yscale("log")
-    if percent:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
+    if not percent:
+        if everything.min() > 0 and everything.max() > 20 * everything.min():
+            axes.set_yscale("log")
+        else:
+            axes.ticklabel_format(axis="y", useOffset=False)
+    else:
         if everything.max() > 0.9:  # where runs differ by what they still get wrong
             axes.set_yscale("function", functions=(_stretch, _unstretch))
             axes.yaxis.set_major_locator(FixedLocator(PERCENT_TICKS))
-        low = everything.min()
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
+        low = min(everything.min(), 0.9)
         axes.set_ylim(max(low - 0.05 * (1.0 - low), 0.0), 1.0)
-    axes.set_title(name.replace("_", " "), fontsize=11, fontweight="bold", loc="left")
     axes.legend(frameon=False, fontsize=9, loc="lower right" if percent else "upper right")
-    _dress(axes, rows)
     _label_ends(axes, labels)
 
 
@@ -158,20 +163,14 @@ def _label_ends(axes: Axes, labels: list[tuple[float, str, str]]) -> None:
 
 def _small_panel(axes: Axes, rows: list[dict], name: str) -> None:
     steps, values = _series(rows, "train", name)
-    axes.plot(
-        steps,
-        values,
-        color=GREY,
-        linewidth=1.2,
-        marker="o" if len(steps) == 1 else None,
-        clip_on=False,
-    )
+    dots = "o" if len(steps) == 1 else None
+    axes.plot(steps, values, color=GREY, linewidth=1.2, marker=dots, clip_on=False)
     known = values[np.isfinite(values)]
     if name == "grad_norm" and len(known) and known.min() > 0 and known.max() > 10 * known.min():
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=min(0.0, known.min(initial=0.0)))
-    axes.set_title(SMALL[name], fontsize=10, loc="left")
+    axes.set_title(SMALL[name], fontsize=10, loc="left", y=1.0)
     _dress(axes, rows)
     if len(known):
         _label_ends(axes, [(known[-1], f"{known[-1]:.2g}", GREY)])
@@ -199,7 +198,7 @@ def _dress(axes: Axes, rows: list[dict]) -> None:
 
 
 def _value(value: float, percent: bool) -> str:
-    return f"{100 * value:.2f} %" if percent else f"{value:.3g}"
+    return f"{100 * value:.2f} %" if percent else f"{value:.4g}"
 
 
 def _title(workdir: Path, rows: list[dict], headline: str | None) -> str:

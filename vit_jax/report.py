@@ -71,7 +71,7 @@ class Report:
         self._live: Live | None = None
         self._last_line = self._last_flush = -math.inf
         self._events: EventsWriter | None = None
-        self._pruned = False
+        self._opened = False
         if self.workdir is not None:
             self.attempt("open the run folder", self._open)
 
@@ -111,7 +111,7 @@ class Report:
             )
         )
         if self._console is not None:
-            self._draw(Group(ProgressBar(self.total_steps, step), Text(line)))
+            self._draw(Group(Text(line), ProgressBar(self.total_steps, step)))
         now = time.monotonic()
         if now - self._last_line >= self.interval or step >= self.total_steps:
             self._last_line = now
@@ -164,11 +164,8 @@ class Report:
             return None
 
     def _open(self) -> None:
+        """Makes the folder and keeps the rows up to `start_step`, by replacing the file at once."""
         self.workdir.mkdir(parents=True, exist_ok=True)
-        self._prune()
-
-    def _prune(self) -> None:
-        """Keeps the whole rows up to `start_step`, by replacing the file at once."""
         path = self.workdir / METRICS
         lines = path.read_bytes().splitlines() if path.exists() else []
         kept = [x for x in lines if (row := _parse(x)) and row["step"] <= self.start_step]
@@ -176,11 +173,11 @@ class Report:
             new = path.with_suffix(".tmp")
             new.write_bytes(b"".join(line + b"\n" for line in kept))
             os.replace(new, path)
-        self._pruned = True
+        self._opened = True
 
     def _write_row(self, line: str) -> None:
-        if not self._pruned:  # the disk refused it before
-            self._prune()
+        if not self._opened:  # the disk refused it before
+            self._open()
         _append(self.workdir / METRICS, line)
 
     def _write_events(self, step: int, split: str, numbers: dict[str, float]) -> None:

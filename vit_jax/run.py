@@ -22,6 +22,10 @@ from vit_jax.errors import CheckpointError, ConfigError, DataError
 FREE_KEYS = ("data.threads", "data.workers", "checkpoint.", "log_every")  # change no number
 
 
+# XLA spends ten times longer on making random numbers fast on a CPU than on making them.
+RUNS_ONCE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything that a config describes, built and checked, before anything is trained."""
@@ -80,7 +84,9 @@ class Run:
         )
         shapes = self.abstract_batch.items()
         batch = {k: jnp.zeros((1, *v.shape[1:]), v.dtype) for k, v in shapes}
-        return jax.jit(make, out_shardings=mesh.replicated(self.mesh))(self.key, batch)
+        init = jax.jit(make, out_shardings=mesh.replicated(self.mesh)).lower(self.key, batch)
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        return init.compile(RUNS_ONCE if on_cpu else None)(self.key, batch)
 
     def compile_train_step(self) -> Callable[..., tuple[step.TrainState, Sums]]:
         """The jitted step, compiled: (state, batch, key=) -> (state, sums); `state` is donated."""

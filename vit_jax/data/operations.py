@@ -53,13 +53,19 @@ def look_up(image: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 def brightness(image: np.ndarray, factor: float) -> np.ndarray:
     """0 is black, 1 the picture."""
-    return look_up(image, LEVELS * factor)
+    return look_up(image, _from(0, factor))
 
 
 def contrast(image: np.ndarray, factor: float) -> np.ndarray:
     """0 is the mean of the grey picture, 1 the picture."""
     mean = np.floor(grey(image).mean() + 0.5)
-    return look_up(image, mean + (LEVELS - mean) * factor)
+    return look_up(image, _from(mean, factor))
+
+
+def _from(level: float, factor: float) -> np.ndarray:
+    """Each level's distance from `level`, times the factor; in Pillow's precision."""
+    start, levels = np.float32(level), LEVELS.astype(np.float32)
+    return start + np.float32(factor) * (levels - start)
 
 
 def saturation(image: np.ndarray, factor: float) -> np.ndarray:

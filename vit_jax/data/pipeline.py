@@ -27,7 +27,7 @@ READY = 2  # batches that are made in advance
 BLANK = (256, 256, 3)  # a picture's shape where none can be read
 TRIED = 16  # examples among which to look for a picture that can be read
 FOREVER = sys.maxsize // 4
-ROWS, PAIRS, EVALUATION = range(3)  # independent streams of randomness
+ROWS, PAIRS, EVALUATION, ORDER = range(4)  # independent streams of randomness
 
 
 def open_dataset(name: str, split: str, data_dir: str = "", **options: Any) -> Dataset:
@@ -239,10 +239,11 @@ class _Batches:
     template: dict[str, tuple[tuple[int, ...], np.dtype]]
 
     def __post_init__(self):
-        self._order = self._pool = None
+        self._orders: dict[int, np.ndarray] = {}  # of the last few epochs
+        self._pool = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_order": None, "_pool": None}
+        return self.__dict__ | {"_orders": {}, "_pool": None}
 
     def __len__(self) -> int:
         return FOREVER if self.shuffled else -(-len(self.dataset) // self.stride)
@@ -253,9 +254,9 @@ class _Batches:
             key: np.zeros((self.rows, *shape), dtype)
             for key, (shape, dtype) in self.template.items()
         }
-        batch["index"][:] = [self._index(start + row) for row in range(self.rows)]
+        batch["index"][:] = self._indices(start)
         # Parts are of whole pairs, and more than one a thread, since pictures differ in cost.
-        size = max(-(-self.rows // (4 * max(self.threads, 1))), 16)
+        size = max(-(-self.rows // (2 * max(self.threads, 1))), 16)
         size += size % 2
         parts = [slice(row, row + size) for row in range(0, self.rows, size)]
         if self.threads and len(parts) > 1:
@@ -274,14 +275,23 @@ class _Batches:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _index(self, position: int) -> int:
-        """Which example stands at that place of the stream; -1 after the end."""
+    def _indices(self, start: int) -> np.ndarray:
+        """Which examples stand from that place of the stream on; -1 after the end."""
+        count, places = len(self.dataset), start + np.arange(self.rows)
         if not self.shuffled:
-            return position if position < len(self.dataset) else -1
-        if self._order is None:
-            order = grain.MapDataset.range(len(self.dataset)).seed(self.seed)
-            self._order = order.shuffle().repeat()  # another order in each epoch
-        return int(self._order[position])
+            return np.where(places < count, places, -1)
+        epochs = places // count
+        parts = [self._order(int(e))[places[epochs == e] % count] for e in np.unique(epochs)]
+        return np.concatenate(parts)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        # Not Grain's index shuffle, which needs no memory but milliseconds an index where a
+        # dataset is small: this is 8 bytes an example, and milliseconds an epoch.
+        order = self._orders.get(epoch)
+        if order is None:
+            order = _random(self.seed, ORDER, epoch).permutation(len(self.dataset))
+            self._orders = dict([*self._orders.items()][-READY:]) | {epoch: order}
+        return order
 
     def _fill(self, batch: Batch, part: slice, start: int) -> None:
         """Makes the rows of `part` in place."""

@@ -5,6 +5,7 @@ Each is a frozen dataclass called as `transform(example, rng)`. It returns a new
 `Standardize`, which makes it float32, and `RandomErasing`, which comes after that.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -305,9 +306,14 @@ class Standardize:
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """`image` uint8 [H, W, 3] -> float32 of the same shape."""
-        levels = np.arange(256)[:, None] / 255  # [256, 1]
-        table = ((levels - np.array(self.mean)) / np.array(self.std)).astype(np.float32)
-        return example | {"image": cv2.LUT(example["image"], table[None])}
+        return example | {"image": cv2.LUT(example["image"], _standard(self.mean, self.std))}
+
+
+@functools.cache
+def _standard(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """What each of the 256 levels becomes: float32 [1, 256, 3]."""
+    levels = np.arange(256)[:, None] / 255  # [256, 1]
+    return ((levels - np.array(mean)[None]) / np.array(std)[None]).astype(np.float32)[None]
 
 
 @dataclass(frozen=True)

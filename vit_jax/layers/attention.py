@@ -6,6 +6,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from vit_jax.contracts import Array
+from vit_jax.layers.dense import Dense
 
 MASKED = -1e30  # finite, so that a row without any visible key gives numbers, not NaN
 
@@ -99,7 +100,7 @@ class Attention(nn.Module):
             raise ValueError(f"heads={self.heads} must divide the width {width}")
 
         def project(x: Array, name: str) -> jax.Array:
-            x = nn.Dense(
+            x = Dense(
                 width,
                 use_bias=self.qkv_bias,
                 dtype=self.dtype,
@@ -121,6 +122,6 @@ class Attention(nn.Module):
         )
         self.sow("intermediates", "attention_weights", weights)
         out = rearrange(out, "... n a d -> ... n (a d)")
-        return nn.Dense(
+        return Dense(
             width, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="out"
         )(out)

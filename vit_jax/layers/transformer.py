@@ -11,6 +11,7 @@ from flax import linen as nn
 from vit_jax.contracts import Array
 from vit_jax.errors import nearest
 from vit_jax.layers.attention import Attention
+from vit_jax.layers.dense import Dense
 
 # GELU's flavours differ by up to 2e-2: a checkpoint agrees only with the one it was trained on.
 ACTIVATIONS = {
@@ -45,7 +46,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> jax.Array:
         """[..., D] -> [..., D]."""
-        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
+        dense = partial(Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
         drop = nn.Dropout(self.dropout, deterministic=not train)
         hidden = drop(activation(self.activation)(dense(self.hidden, name="fc1")(x)))
         return drop(dense(x.shape[-1], name="fc2")(hidden))

@@ -10,6 +10,7 @@ from flax import linen as nn
 from vit_jax.contracts import Array, Features
 from vit_jax.layers import windows
 from vit_jax.layers.attention import Attention
+from vit_jax.layers.dense import Dense
 from vit_jax.layers.transformer import DropPath, Mlp, apply_blocks, drop_path_rates
 
 
@@ -113,7 +114,7 @@ class PatchMerging(nn.Module):
         quarters = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
         x = jnp.concatenate(quarters, -1)  # [B, H/2, W/2, 4C]
         x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(x)
-        return nn.Dense(
+        return Dense(
             2 * width,
             use_bias=False,
             dtype=self.dtype,

@@ -1,0 +1,157 @@
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax.layers.residual import (
+    Bottleneck,
+    HybridStem,
+    ResidualStage,
+    StdConv,
+    convolve,
+    standardize,
+)
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def slow_convolution(x, kernel, stride, before, size):
+    """Zeros `before` the image and as many behind as it takes: one sum for each output pixel."""
+    side = len(kernel)
+    padded = np.pad(x, ((0, 0), (before, 99), (before, 99), (0, 0)))
+    out = np.zeros((len(x), *size, kernel.shape[-1]))
+    for i, j in np.ndindex(*size):
+        window = padded[:, i * stride : i * stride + side, j * stride : j * stride + side]
+        out[:, i, j] = np.einsum("bhwc,hwcd->bd", window, kernel)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("side", "stride", "padding", "before", "size"),
+    [
+        (1, 1, "SAME", 0, (6, 7)),
+        (1, 2, "SAME", 0, (3, 4)),
+        (1, 2, 0, 0, (3, 4)),
+        (3, 1, "SAME", 1, (6, 7)),
+        (3, 2, 1, 1, (3, 4)),  # PyTorch's padding
+        (7, 2, 3, 3, (3, 4)),
+    ],
+)
+def test_convolution_equals_a_sum_over_windows(side, stride, padding, before, size):
+    x, kernel = draw(2, 6, 7, 3), draw(side, side, 3, 4, seed=1)
+    got = convolve(jnp.asarray(x), kernel, stride, padding)
+    np.testing.assert_allclose(
+        got, slow_convolution(x, kernel, stride, before, size), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_same_padding_puts_the_odd_zero_behind():
+    x = jnp.ones((1, 4, 5, 1))
+    out = convolve(x, np.ones((3, 3, 1, 1)), 2)[0, :, :, 0]
+    # Four rows need one zero, behind; five columns need one on each side.
+    np.testing.assert_array_equal(out, [[6, 9, 6], [4, 6, 4]])
+
+
+def test_standardized_weights_have_mean_0_and_deviation_1_for_each_output():
+    kernel = 3 + draw(3, 3, 4, 2) * np.array([0.1, 10])
+    out = np.asarray(standardize(kernel))
+    np.testing.assert_allclose(out.mean((0, 1, 2)), 0, atol=1e-6)
+    np.testing.assert_allclose(out.std((0, 1, 2)), 1, rtol=1e-3)
+    # Weights 0 and 2 have deviation 1: the epsilon is added to that, not to its square.
+    pair = jnp.array([0.0, 2.0]).reshape(1, 1, 2, 1)
+    np.testing.assert_allclose(standardize(pair, 0.25).ravel(), [-0.8, 0.8], rtol=1e-6)
+
+
+def test_std_conv_is_a_convolution_with_standardized_weights_and_no_bias():
+    x = draw(1, 5, 6, 2)
+    layer = StdConv(3, 3, stride=2)
+    out, variables = layer.init_with_output(jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, variables["params"]) == {"kernel": (3, 3, 2, 3)}
+    kernel = variables["params"]["kernel"]
+    np.testing.assert_allclose(out, convolve(x, standardize(kernel), 2), rtol=1e-6)
+    moved = jax.tree.map(lambda k: 5 * k + 1, variables)  # only its direction counts
+    np.testing.assert_allclose(layer.apply(moved, x), out, atol=1e-3)
+
+
+class PlainConv(nn.Module):
+    """Another network's convolution: PyTorch's padding, no standardisation."""
+
+    features: int
+    kernel: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (self.kernel, self.kernel, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        return convolve(x, kernel, self.stride, self.kernel // 2)
+
+
+norm = partial(nn.GroupNorm, 2)
+
+
+def test_a_fresh_bottleneck_returns_its_shortcut():
+    x = jnp.abs(draw(2, 4, 5, 8))
+    block = Bottleneck(2, PlainConv, norm)
+    out, variables = block.init_with_output(jax.random.key(0), x)
+    assert set(variables["params"]) == {
+        f"{kind}{i}" for kind in ("conv", "norm") for i in (1, 2, 3)
+    }
+    np.testing.assert_array_equal(out, x)
+
+
+def test_a_bottleneck_that_changes_the_shape_projects_its_shortcut():
+    x = draw(2, 5, 7, 8)
+    for stride, features, size in ((2, 2, (3, 4)), (1, 3, (5, 7))):
+        block = Bottleneck(features, PlainConv, partial(nn.GroupNorm, 1), stride)
+        out, variables = block.init_with_output(jax.random.key(0), x)
+        params = variables["params"]
+        assert out.shape == (2, *size, 4 * features)
+        assert params["shortcut_conv"]["kernel"].shape == (1, 1, 8, 4 * features)
+        assert params["conv2"]["kernel"].shape == (3, 3, features, features)
+        projected = convolve(x, params["shortcut_conv"]["kernel"], stride)
+        wanted = nn.relu(nn.GroupNorm(1).apply({"params": params["shortcut_norm"]}, projected))
+        np.testing.assert_allclose(out, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_stage_strides_once_and_remat_changes_no_gradient():
+    x = draw(1, 5, 4, 3)
+
+    def gradient(remat):
+        stage = ResidualStage(2, 2, PlainConv, norm, stride=2, remat=remat)
+        shapes = jax.eval_shape(stage.init, jax.random.key(0), x)
+        params = jax.tree.map(lambda s: draw(*s.shape), shapes)
+        options = {"xla_backend_optimization_level": 0}
+        return jax.jit(jax.grad(lambda p: stage.apply(p, x).sum()), compiler_options=options)(
+            params
+        )
+
+    assert ResidualStage(2, 2, PlainConv, norm, stride=2).init_with_output(jax.random.key(0), x)[
+        0
+    ].shape == (1, 3, 2, 8)
+    plain, again = gradient(False), gradient(True)
+    assert jax.tree.structure(plain) == jax.tree.structure(again)
+    for left, right in zip(jax.tree.leaves(plain), jax.tree.leaves(again)):
+        np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "stride", "channels"),
+    [((), 4, 64), ((1,), 4, 256), ((2, 2, 2, 2), 32, 2048), ((3, 4, 9), 16, 1024)],
+)
+def test_the_stem_of_a_hybrid_has_its_published_strides_and_widths(sizes, stride, channels):
+    stem = HybridStem(sizes)
+    out, variables = jax.eval_shape(
+        stem.init_with_output, jax.random.key(0), jnp.zeros((1, 75, 130, 3))
+    )
+    assert HybridStem.stride(sizes) == stride
+    assert out.shape == (1, -(-75 // stride), -(-130 // stride), channels)
+    blocks = [len(variables["params"][f"stage_{i + 1}"]) for i in range(len(sizes))]
+    assert blocks == list(sizes)
+    scales = [s for path, s in jax.tree.leaves_with_path(variables) if "scale" in str(path[-1])]
+    assert len(scales) == 1 + 3 * sum(sizes) + len(sizes)  # one more norm in each first block

@@ -1,0 +1,144 @@
+import math
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax.layers.transformer import (
+    DropPath,
+    EncoderBlock,
+    Mlp,
+    activation,
+    apply_blocks,
+    drop_path_rates,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "formula"),
+    [
+        ("gelu", lambda x: x * 0.5 * (1 + math.erf(x / math.sqrt(2)))),
+        (
+            "gelu_tanh",
+            lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+        ),
+        ("quick_gelu", lambda x: x / (1 + math.exp(-1.702 * x))),
+        ("relu", lambda x: max(x, 0.0)),
+    ],
+)
+def test_activations_are_the_published_formulas(name, formula):
+    x = np.linspace(-4, 4, 17)
+    wanted = [formula(value) for value in x]
+    np.testing.assert_allclose(activation(name)(jnp.asarray(x)), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_an_unknown_activation_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="activation='gelutanh'.*Did you mean 'gelu_tanh'"):
+        activation("gelutanh")
+
+
+def test_the_mlp_is_two_layers_with_an_activation_between():
+    params = {
+        "fc1": {"kernel": jnp.array([[1.0, -1.0, 2.0]]), "bias": jnp.array([0.0, 0.0, -1.0])},
+        "fc2": {"kernel": jnp.array([[1.0], [10.0], [100.0]]), "bias": jnp.array([0.5])},
+    }
+    out = Mlp(3, "relu").apply({"params": params}, jnp.array([[2.0], [-3.0]]), train=False)
+    np.testing.assert_allclose(out, [[2 + 300 + 0.5], [30 + 0.5]])
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_drop_path_drops_whole_examples_and_keeps_the_mean(traced):
+    x = jnp.ones((4000, 2, 3))
+
+    def run(rate):
+        return DropPath().apply({}, x, rate, train=True, rngs={"dropout": jax.random.key(0)})
+
+    out = np.asarray(jax.jit(run)(0.2) if traced else run(0.2))
+    assert (out == out[:, :1, :1]).all()
+    np.testing.assert_allclose(np.unique(out), [0, 1.25])
+    np.testing.assert_allclose(out.mean(), 1, atol=0.03)
+
+
+def test_drop_path_draws_nothing_in_evaluation_or_at_rate_0():
+    x = jnp.ones((2, 3))
+    np.testing.assert_array_equal(DropPath().apply({}, x, 0.5, train=False), x)
+    np.testing.assert_array_equal(DropPath().apply({}, x, 0.0, train=True), x)  # and no rng
+
+
+def test_rates_rise_on_a_line_from_0_to_the_last_block():
+    np.testing.assert_allclose(drop_path_rates(0.3, 4), [0, 0.1, 0.2, 0.3])
+    assert drop_path_rates(0.3, 1) == (0.0,)
+
+
+def test_a_block_whose_branches_end_in_0_is_the_identity_and_norms_come_first():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 6))
+    block = EncoderBlock(heads=3, mlp_ratio=1.5)
+    params = block.init(jax.random.key(1), x, train=False)["params"]
+    assert params["mlp"]["fc1"]["kernel"].shape == (6, 9)
+    off = {"kernel": jnp.zeros((6, 6)), "bias": jnp.zeros(6)}
+    silent = params | {
+        "attention": params["attention"] | {"out": off},
+        "mlp": params["mlp"] | {"fc2": {"kernel": jnp.zeros((9, 6)), "bias": jnp.zeros(6)}},
+    }
+    np.testing.assert_array_equal(block.apply({"params": silent}, x, train=False), x)
+    # A branch sees normalised tokens, so that their scale changes nothing but the shortcut.
+    apply = partial(block.apply, {"params": params | {"mlp": silent["mlp"]}}, train=False)
+    np.testing.assert_allclose(apply(100 * x) - 100 * x, apply(x) - x, atol=1e-3)
+
+
+class Affine(nn.Module):
+    """x * kernel + rate: shows the order of blocks and the rate that each of them got."""
+
+    @nn.compact
+    def __call__(self, x, rate, *, train):
+        return x * self.param("kernel", nn.initializers.ones, (1, 1)) + rate
+
+
+class Stack(nn.Module):
+    scan: bool
+    remat: bool
+
+    @nn.compact
+    def __call__(self, x):
+        rates = (1.0, 2.0, 3.0)
+        return apply_blocks(Affine, x, rates, scan=self.scan, remat=self.remat, train=True)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("scan", [False, True])
+def test_blocks_run_in_order_each_with_its_own_rate_and_parameters(scan, remat):
+    kernels = [jnp.full((1, 1), k) for k in (2.0, 3.0, 5.0)]
+    if scan:
+        params = {"blocks": {"kernel": jnp.stack(kernels)}}
+    else:
+        params = {f"block_{i}": {"kernel": kernel} for i, kernel in enumerate(kernels)}
+
+    def run(params):
+        return Stack(scan, remat).apply({"params": params}, jnp.full((1, 1), 7.0))[0, 0]
+
+    value, gradient = jax.value_and_grad(run)(params)
+    assert value == ((7 * 2 + 1) * 3 + 2) * 5 + 3
+    first, second, third = np.concatenate(jax.tree.leaves(gradient)).ravel()
+    assert (first, second, third) == (7 * 3 * 5, 15 * 5, 47)
+    shapes = Stack(scan, remat).init(jax.random.key(0), jnp.ones((1, 1)))["params"]
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, params)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_random_numbers_differ_from_block_to_block(scan):
+    class Noise(nn.Module):
+        @nn.compact
+        def __call__(self, x, rate, *, train):
+            return 2 * x + jax.random.bernoulli(self.make_rng("dropout"), 0.5, x.shape)
+
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return apply_blocks(Noise, x, (0.0, 0.0), scan=scan, remat=True, train=True)
+
+    out = Two().apply({}, jnp.zeros((64, 1)), rngs={"dropout": jax.random.key(0)})
+    # Two equal draws would give 0 and 3 only.
+    assert set(np.unique(out)) == {0, 1, 2, 3}
