@@ -118,7 +118,7 @@ def train_step(
         loss, sums, model_state, grads = _accumulated(
             gradient_of, state, batch, step_key, accumulate
         )
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

@@ -182,12 +182,12 @@ class _Loop:
             results = evaluate_split(
                 self.run, self.evaluate, rows_of(state), self.report, self.stopped
             )
-        if results is None:
-            return {}, None
-        for split, numbers in results.items():
-            self.report.write(now, split, numbers)
-            self.report.say(f"step {now} {split}: {sentence(numbers)}")
-        pictures.curves(self.workdir)
+            if results is None:
+                return {}, None
+            for split, numbers in results.items():
+                self.report.write(now, split, numbers)
+                self.report.say(f"step {now} {split}: {sentence(numbers)}")
+            self.report.attempt("draw curves.png", pictures.curves, self.workdir)
         numbers = list(results.values())[-1]
         return numbers, self._rank(numbers)
 
@@ -198,8 +198,8 @@ class _Loop:
     def _pictures(self, state: step.TrainState) -> None:
         variables = list(rows_of(state).values())[-1]
         drawn = draw(self.run, self.evaluate, variables, SHOWN)
-        pictures.predictions(self.workdir / "predictions.png", drawn)
-        pictures.curves(self.workdir)
+        file = self.workdir / "predictions.png"
+        self.report.attempt("draw predictions.png", pictures.predictions, file, drawn)
 
 
 def describe(run: Run, say: Callable[[str], None]) -> None:

@@ -52,7 +52,7 @@ def test_every_method_keeps_constants_and_a_grid_of_the_same_size(method):
 
 
 def test_an_unknown_method_is_refused_even_where_nothing_is_resized():
-    with pytest.raises(ValueError, match="resize='bicubictorch'.*'bicubic_torch'"):
+    with pytest.raises(ValueError, match=r"resize='bicubictorch'.*'bicubic_torch'"):
         resize_grid(grid(2, 3, 1), (2, 3), "bicubictorch")
 
 

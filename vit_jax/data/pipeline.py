@@ -8,6 +8,7 @@ import os
 import pkgutil
 import signal
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -241,9 +242,15 @@ class _Batches:
     def __post_init__(self):
         self._orders: dict[int, np.ndarray] = {}  # of the last few epochs
         self._pool = None
+        if self.threads:  # they start with the first batch
+            self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="vit-jax-data")
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_orders": {}, "_pool": None}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
     def __len__(self) -> int:
         return FOREVER if self.shuffled else -(-len(self.dataset) // self.stride)
@@ -259,19 +266,12 @@ class _Batches:
         size = max(-(-self.rows // (2 * max(self.threads, 1))), 16)
         size += size % 2
         parts = [slice(row, row + size) for row in range(0, self.rows, size)]
-        if self.threads and len(parts) > 1:
-            list(self._workers().map(lambda part: self._fill(batch, part, start), parts))
-        else:
-            for part in parts:
-                self._fill(batch, part, start)
+        run = self._pool.map if self._pool and len(parts) > 1 else map
+        list(run(lambda part: self._fill(batch, part, start), parts))
         return batch
 
-    def _workers(self) -> ThreadPoolExecutor:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="vit-jax-data")
-        return self._pool
-
     def close(self) -> None:
+        """Ends the threads; what they have not begun is dropped."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -363,11 +363,17 @@ def _iterate(batches: _Batches, start: int, ahead: bool, workers: int) -> Iterat
         processes = grain.MultiprocessingOptions(num_workers=workers)
         stream = stream.mp_prefetch(processes, worker_init_fn=_start_worker)
     iterator = iter(stream)
+    # Once, at the latest before the interpreter takes apart what closing needs.
+    close = weakref.finalize(iterator, _close, iterator, batches)
     try:
         yield from iterator
     finally:
-        iterator.close()
-        batches.close()
+        close()
+
+
+def _close(iterator: grain.DatasetIterator, batches: _Batches) -> None:
+    iterator.close()
+    batches.close()
 
 
 def _start_worker(*_: int) -> None:
