@@ -43,7 +43,7 @@ def base() -> ConfigDict:
     )
     config.optimizer = ConfigDict(
         {
-            "name": "adamw",  # or sgd, lamb, adafactor
+            "name": "adamw",  # or sgd, lamb, adafactor, muon
             "weight_decay": 0.05,
             "clip": 1.0,  # of the global gradient norm; 0 is off
             "b1": 0.9,

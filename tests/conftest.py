@@ -1,4 +1,4 @@
-"""Two CPU devices, quick compilation, rank promotion raises; pyproject.toml: warnings are errors."""
+"""Two CPU devices, quick compilation, rank promotion raises; pyproject.toml: warnings raise."""
 
 import os
 

@@ -166,7 +166,7 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_does_not_fit_is_one_sentence_and_writes_nothing(wrong, tmp_path, capsys):
-    status, out, err = run(capsys, TINY, f"--workdir={tmp_path / 'run'}", wrong)
+    status, _, err = run(capsys, TINY, f"--workdir={tmp_path / 'run'}", wrong)
     assert (status, WRONG[wrong][1] in err) == (WRONG[wrong][0], True), err
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()

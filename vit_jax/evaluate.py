@@ -71,7 +71,7 @@ def evaluate_split(
     for batch in run.validation():
         if stopped:
             return None
-        for text in pipeline.broken(batch, run.eval_data):
+        for text in pipeline.broken(batch, run.eval_data, run.max_pixels):
             if run.config["data"]["on_broken"] == "stop":
                 raise DataError(f"{text} (--config.data.on_broken=skip would go on without it)")
             skipped += 1
@@ -95,12 +95,12 @@ def draw(run: Run, eval_step: Callable, variables: Any, count: int) -> list[tupl
     subset = _Subset(run.eval_data, chosen)
     drawn = []
     batches = pipeline.eval_batches(
-        subset, run.eval_transforms, batch_size=run.config["batch_size"], max_pixels=None
+        subset, run.eval_transforms, batch_size=run.config["batch_size"], max_pixels=run.max_pixels
     )
     for batch in batches:
         predictions = jax.device_get(eval_step(variables, mesh.put_batch(batch, run.mesh))[1])
         for row in np.flatnonzero(batch["valid"]):
-            example = pipeline.decoded(subset[int(batch["index"][row])])
+            example = pipeline.decoded(subset[int(batch["index"][row])], run.max_pixels)
             prediction = {k: v[row] for k, v in predictions.items()}
             drawn.append(
                 run.task.draw(example["image"], example, prediction, run.eval_data.class_names)

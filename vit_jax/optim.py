@@ -157,6 +157,11 @@ def make(
       (arXiv:2106.04560), section 3.4: no scaling by the parameter's size, so that the learning
       rate of adamw fits; a first moment b1 in bfloat16 (0 is none); second-moment decay up to b2.
 
+    - muon: Jordan et al. 2024 (kellerjordan.github.io/posts/muon), as in Optax, for the kernels of
+      dense layers inside blocks, adamw for all else. The orthogonal direction is scaled by
+      0.2 sqrt(max(D_in, D_out)), which has adamw's size, so that its learning rate and weight decay
+      fit: Liu et al. 2025 (arXiv:2502.16982), eq. 4. Reads momentum, b1, b2, epsilon.
+
     The optimizers share one block of a config: what the chosen one does not read is left unread.
     LAMB takes one norm over all layers of scanned `blocks`.
 
@@ -195,6 +200,7 @@ def make(
         "sgd": [decay, momentum] if spec["momentum"] else [decay],
         "lamb": [optax.scale_by_adam(b1, b2, epsilon), decay, optax.scale_by_trust_ratio()],
         "adafactor": [factored, first_moment, decay] if b1 else [factored, decay],
+        "muon": [_muon(spec), decay],
     }
     name = spec["name"]
     if name not in directions:
@@ -213,6 +219,33 @@ def make(
         lambda updates, _: jax.tree.map(lambda u, s: u * jnp.asarray(s, u.dtype), updates, scales)
     )
     return optax.chain(chain, scaled)
+
+
+def _muon(spec: Mapping[str, Any]) -> optax.GradientTransformation:
+    """Muon for matrices in blocks, Adam for all else; before weight decay and learning rate."""
+
+    def is_matrix(path: Any, x: Any) -> bool:
+        place = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        scanned = "blocks" in place
+        inside = scanned or any(re.fullmatch(r"block_\d+", p) for p in place)
+        return inside and place[-1] == "kernel" and x.ndim == 2 + scanned
+
+    def labels(params: Tree) -> Tree:
+        return jax.tree.map_with_path(lambda p, x: "muon" if is_matrix(p, x) else "adam", params)
+
+    def axes(params: Tree) -> Tree:
+        return jax.tree.map(
+            lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params
+        )
+
+    def size(updates: Tree, _: Tree) -> Tree:
+        return jax.tree.map(lambda u: u * (0.2 * math.sqrt(max(u.shape[-2:]))), updates)
+
+    direction = optax.contrib.scale_by_muon(beta=spec["momentum"], weight_dimension_numbers=axes)
+    adam = optax.scale_by_adam(spec["b1"], spec["b2"], spec["epsilon"])
+    return optax.partition(
+        {"muon": optax.chain(direction, optax.stateless(size)), "adam": adam}, labels
+    )
 
 
 def names(tree: Tree) -> list[str]:

@@ -52,6 +52,11 @@ class Run:
         return len(self.train_data) / self.config["batch_size"]
 
     @property
+    def max_pixels(self) -> int:
+        """Larger pictures count as broken."""
+        return self.config["data"]["max_pixels"]
+
+    @property
     def key(self) -> jax.Array:
         """The root of all randomness on the device; step n draws from `fold_in(key, n)`."""
         return jax.random.key(self.config["seed"])

@@ -21,6 +21,7 @@ from vit_jax.evaluate import SHOWN, draw, evaluate_split, rows_of
 from vit_jax.report import Report, read_metrics, sentence
 from vit_jax.run import Run, claim, set_up
 
+SECONDS_A_PICTURE = 20  # between drawings of the curves, which take half a second
 IN_FLIGHT = 2  # steps that run ahead of the numbers a person sees
 HEALTH = ("grad_norm", "finite")  # what `train_step` adds to the task's sums
 
@@ -83,6 +84,7 @@ class _Loop:
         self.checkpoint_every = run.config["checkpoint_every"] or self.eval_every
         self.log_every = run.config["log_every"] or max(min(per_epoch // 4, 50), 1)
         self.broken: set[int] = set()
+        self.drawn = -np.inf  # when the curves were
 
     def go(self, state: step.TrainState, start: int) -> dict[str, float]:
         run, report, total = self.run, self.report, self.run.total_steps
@@ -171,7 +173,7 @@ class _Loop:
         if not bad.any() or set(batch["index"][bad].tolist()) <= self.broken:
             return
         self.broken |= set(batch["index"][bad].tolist())
-        for text in pipeline.broken(batch, self.run.train_data):
+        for text in pipeline.broken(batch, self.run.train_data, self.run.max_pixels):
             if self.run.config["data"]["on_broken"] == "stop":
                 raise DataError(f"{text} (--config.data.on_broken=skip would go on without it)")
             self.report.warn(f"skipped a broken picture, {len(self.broken)} so far: {text}")
@@ -187,7 +189,9 @@ class _Loop:
             for split, numbers in results.items():
                 self.report.write(now, split, numbers)
                 self.report.say(f"step {now} {split}: {sentence(numbers)}")
-            self.report.attempt("draw curves.png", pictures.curves, self.workdir)
+            if now >= self.run.total_steps or time.monotonic() - self.drawn > SECONDS_A_PICTURE:
+                self.report.attempt("draw curves.png", pictures.curves, self.workdir)
+                self.drawn = time.monotonic()
         numbers = list(results.values())[-1]
         return numbers, self._rank(numbers)
 
