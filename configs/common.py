@@ -181,6 +181,12 @@ def tiny(config: ConfigDict) -> None:
     config.eval_every = config.checkpoint_every = 2
 
 
+def muon(config: ConfigDict) -> None:
+    """Muon instead of AdamW: in a run of few epochs it learns about twice as fast."""
+    config.optimizer.name = "muon"
+    config.optimizer.momentum = 0.95
+
+
 def choose(recipe: str, recipes: dict[str, Callable[[ConfigDict], None]]) -> ConfigDict:
     """A locked config after the recipe of that name; ValueError names the others."""
     if recipe not in recipes:

@@ -57,10 +57,10 @@ def tiny(config):
 def cifar10(config):
     """Maps of 16x16, 8x8 and 4x4."""
     common.cifar10(config)
-    small(config, (3, 3, 3), (2, 2, 2), (1, 1, 1), (48, 96, 192), (1, 2, 3), (1, 3, 6))
-    config.batch_size, config.epochs, config.learning_rate = 128, 10.0, 2e-3
-    config.schedule.warmup_epochs = 1.0
-    config.ema = 0.998
+    small(config, (3, 3, 3), (2, 2, 2), (1, 1, 1), (32, 64, 128), (1, 2, 3), (1, 2, 4))
+    common.muon(config)
+    config.batch_size, config.epochs, config.learning_rate = 128, 10.0, 4e-3
+    config.schedule.warmup_epochs = 0.5
 
 
 def folder(config):

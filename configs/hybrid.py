@@ -59,9 +59,9 @@ def cifar10(config):
     """One stage on 32x32 pictures leaves an 8x8 map."""
     common.cifar10(config)
     small(config, (2,), width=96, depth=6, heads=6)
-    config.batch_size, config.epochs, config.learning_rate = 128, 10.0, 2e-3
-    config.schedule.warmup_epochs = 1.0
-    config.ema = 0.998
+    common.muon(config)
+    config.batch_size, config.epochs, config.learning_rate = 128, 10.0, 4e-3
+    config.schedule.warmup_epochs = 0.5
 
 
 def folder(config):

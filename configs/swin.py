@@ -56,10 +56,10 @@ def tiny(config):
 def cifar10(config):
     """Maps of 16x16, 8x8 and 4x4, windows of 4x4."""
     common.cifar10(config)
-    small(config, patch=2, window=4, width=48, depths=(2, 2, 2), heads=(3, 6, 12))
-    config.batch_size, config.epochs, config.learning_rate = 128, 10.0, 2e-3
-    config.schedule.warmup_epochs = 1.0
-    config.ema = 0.998
+    small(config, patch=2, window=4, width=32, depths=(2, 2, 2), heads=(1, 2, 4))
+    common.muon(config)
+    config.batch_size, config.epochs, config.learning_rate = 128, 10.0, 4e-3
+    config.schedule.warmup_epochs = 0.5
 
 
 def folder(config):

@@ -52,7 +52,7 @@ def tiny(config):
 
 
 def cifar10(config):
-    """The network of a study notebook: patch 4, width 64, 6 blocks, 8 heads, 10 epochs."""
+    """Patch 4, width 64, 6 blocks, 10 epochs: a study notebook's ViT with 4 heads for its 8."""
     common.cifar10(config)
     common.classifier(
         config,
@@ -60,15 +60,15 @@ def cifar10(config):
         patch=4,
         width=64,
         depth=6,
-        heads=8,
+        heads=4,
         pooling="mean",
         positions="sincos",
         activation="gelu_tanh",
         image_size=config.get_ref("image_size"),
     )
-    config.batch_size, config.epochs, config.learning_rate = 128, 10.0, 3e-3
-    config.schedule.warmup_epochs = 1.0
-    config.ema = 0.998
+    common.muon(config)
+    config.batch_size, config.epochs, config.learning_rate = 128, 10.0, 5e-3
+    config.schedule.warmup_epochs = 0.5
 
 
 def folder(config):
