@@ -37,9 +37,8 @@ def batch_of(rows=8, seed=0):
 
 def parts(rate=0.0, ema=False):
     model, task, optimizer = Small(rate), Classification(), optax.adamw(1e-2)
-    state = step.init_state(
-        jax.random.key(0), batch_of(), model=model, optimizer=optimizer, ema=ema
-    )
+    variables = step.init_variables(jax.random.key(0), batch_of(), model=model)
+    state = step.init_state(variables, optimizer=optimizer, ema=ema)
     function = partial(step.train_step, model=model, task=task, optimizer=optimizer)
     return state, function
 
@@ -73,7 +72,8 @@ def test_accumulated_parts_give_the_sums_of_the_whole_batch_and_its_gradient():
     batch = batch_of()
     batch["valid"][1:4] = False  # the parts count unequal numbers of rows
     optimizer = optax.sgd(1.0)
-    state = step.init_state(jax.random.key(0), batch, model=Plain(), optimizer=optimizer)
+    variables = step.init_variables(jax.random.key(0), batch, model=Plain())
+    state = step.init_state(variables, optimizer=optimizer)
     run = partial(
         step.train_step,
         model=Plain(),
@@ -140,7 +140,9 @@ def test_the_mean_of_parameters_and_statistics_lags_behind_them():
     new, _ = jax.jit(partial(function, ema_decay=0.9))(state, batch_of(), key=jax.random.key(0))
     old, now, mean = (t["Dense_0"]["kernel"] for t in (state.params, new.params, new.ema["params"]))
     share = np.asarray((mean - old) / (now - old))
-    np.testing.assert_allclose(share, np.full_like(share, 0.9), rtol=1e-3)  # (1 + 0) / (10 + 0) stays
+    np.testing.assert_allclose(
+        share, np.full_like(share, 0.9), rtol=1e-3
+    )  # (1 + 0) / (10 + 0) stays
     assert "batch_stats" in new.ema
 
 

@@ -5,8 +5,10 @@ carries a digest of its state, and `restore` goes back to the newest one whose d
 """
 
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -131,28 +133,30 @@ class Checkpoints:
             or if there are checkpoints and none can be read.
         """
         steps = [s for s in self.steps() if step is None or s == step]
-        for candidate in reversed(steps):
-            try:
-                self._check_same_model(candidate, target)
-                args = ocp.args.Composite(
-                    state=ocp.args.StandardRestore(target), seal=ocp.args.JsonRestore()
-                )
-                out = self._manager.restore(candidate, args=args)
-                if out["seal"]["step"] != candidate or out["seal"]["digest"] != digest(
-                    out["state"]
-                ):
-                    raise OSError("its digest differs from its content")
-                return out["state"], candidate
-            except CheckpointError:
-                raise
-            except Exception as error:  # Orbax raises at least seven types on damaged files
-                self._set_aside(candidate, error)
+        with _without_stray_errors():
+            for candidate in reversed(steps):
+                try:
+                    return self._restore_one(candidate, target), candidate
+                except CheckpointError:
+                    raise
+                except Exception as error:  # Orbax raises at least seven types on damaged files
+                    self._set_aside(candidate, error)
         if steps:
             raise CheckpointError(
                 f"none of the checkpoints {steps} in {self.folder} can be read; they were set "
                 "aside as damaged-*. Start anew with another --workdir"
             )
         return None
+
+    def _restore_one(self, step: int, target: Tree) -> Tree:
+        self._check_same_model(step, target)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(target), seal=ocp.args.JsonRestore()
+        )
+        out = self._manager.restore(step, args=args)
+        if out["seal"]["step"] != step or out["seal"]["digest"] != digest(out["state"]):
+            raise OSError("its digest differs from its content")
+        return out["state"]
 
     def _set_aside(self, step: int, error: Exception) -> None:
         reason = (str(error).strip().splitlines() or [""])[0][:200]
@@ -192,6 +196,22 @@ class Checkpoints:
         finished = self.wait()
         self._close()
         return finished
+
+
+@contextmanager
+def _without_stray_errors() -> Iterator[None]:
+    """Silences what Orbax's other reads still print after the first of them has failed."""
+    before = sys.unraisablehook
+
+    def hook(stray: Any) -> None:
+        if "Event loop is closed" not in str(stray.exc_value):
+            before(stray)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _shapes(tree: Tree) -> dict[str, tuple]:

@@ -84,14 +84,16 @@ class Run:
 
     def init(self) -> step.TrainState:
         """A fresh state on the mesh."""
-        make = partial(
-            step.init_state, model=self.model, optimizer=self.optimizer, ema=self.config["ema"] > 0
-        )
         shapes = self.abstract_batch.items()
         batch = {k: jnp.zeros((1, *v.shape[1:]), v.dtype) for k, v in shapes}
-        init = jax.jit(make, out_shardings=mesh.replicated(self.mesh)).lower(self.key, batch)
+
+        def make(key: jax.Array) -> step.TrainState:
+            variables = step.init_variables(key, batch, model=self.model)
+            return step.init_state(variables, optimizer=self.optimizer, ema=self.config["ema"] > 0)
+
+        init = jax.jit(make, out_shardings=mesh.replicated(self.mesh)).lower(self.key)
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        return init.compile(RUNS_ONCE if on_cpu else None)(self.key, batch)
+        return init.compile(RUNS_ONCE if on_cpu else None)(self.key)
 
     def compile_train_step(self) -> Callable[..., tuple[step.TrainState, Sums]]:
         """The jitted step, compiled: (state, batch, key=) -> (state, sums); `state` is donated."""
@@ -154,17 +156,13 @@ def set_up(config: dict[str, Any]) -> Run:
     abstract_batch = _abstract_batch(config, splits[0], transforms[0], mix, devices)
     try:
         variables = jax.eval_shape(
-            partial(model.init, train=False),
-            jax.random.key(0),
-            **step.inputs(model, abstract_batch),
+            partial(step.init_variables, model=model), jax.random.key(0), abstract_batch
         )
     except ValueError as error:  # what a module says of a size or a name it cannot work with
         raise ConfigError(str(error)) from error
     optimizer = optim.make(config["optimizer"], params=variables["params"], schedule=schedule)
     state = jax.eval_shape(
-        partial(step.init_state, model=model, optimizer=optimizer, ema=config["ema"] > 0),
-        jax.random.key(0),
-        abstract_batch,
+        partial(step.init_state, optimizer=optimizer, ema=config["ema"] > 0), variables
     )
     whole = mesh.replicated(devices)
     return Run(

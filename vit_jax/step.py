@@ -53,18 +53,19 @@ def inputs(model: nn.Module, batch: Batch) -> dict[str, jax.Array]:
     return chosen
 
 
-def init_state(
-    key: jax.Array,
-    batch: Batch,
-    *,
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    ema: bool = False,
-) -> TrainState:
-    """A fresh state; `batch` gives the shapes only."""
+def init_variables(key: jax.Array, batch: Batch, *, model: nn.Module) -> Tree:
+    """Fresh {"params", **model_state}; `batch` gives the shapes only."""
     variables = dict(model.init(key, **inputs(model, batch), train=False))
-    params = variables.pop("params")
     variables.pop("intermediates", None)
+    return variables
+
+
+def init_state(
+    variables: Tree, *, optimizer: optax.GradientTransformation, ema: bool = False
+) -> TrainState:
+    """The state of step 0, from {"params", **model_state}."""
+    variables = dict(variables)
+    params = variables.pop("params")
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
