@@ -7,9 +7,9 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from vit_jax.tasks.classification import Classification
 
 from vit_jax import mesh, step
+from vit_jax.tasks.classification import Classification
 
 
 class Small(nn.Module):

@@ -191,6 +191,7 @@ def pictures(tmp_path_factory):
             image = random.normal(level, 20, (30 + i, 40, 3)).clip(0, 255).astype(np.uint8)
             cv2.imwrite(str(folder / name / f"{i}.png"), image)
     (folder / "dark" / "3.png").write_bytes(b"no picture at all")
+    (folder / "light" / "notes.txt").write_text("bright ones")
     return folder
 
 
@@ -204,7 +205,8 @@ def test_own_pictures_train_and_a_broken_one_is_named_and_counted(pictures, tmp_
     status, out, err = run(capsys, *argv)
     assert status == 0, err
     assert "2 classes" in out
-    assert "3.png" in out
+    assert "3.png: no picture" in out
+    assert "1 files are no pictures by their suffix and are left out: light/notes.txt" in out
     assert (tmp_path / "run" / "predictions.png").exists()
 
 

@@ -1,8 +1,10 @@
 """A config, built and checked: everything a run needs before anything is trained."""
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,6 +47,7 @@ class Run:
     optimizer: optax.GradientTransformation
     abstract_state: step.TrainState  # shapes with shardings
     abstract_batch: dict[str, jax.ShapeDtypeStruct]
+    remarks: tuple[str, ...]  # what the data had to tell
 
     @property
     def steps_per_epoch(self) -> float:
@@ -127,10 +130,11 @@ def set_up(config: dict[str, Any]) -> Run:
     devices = mesh.make_mesh()
     mesh.check_batch_size(config["batch_size"], devices, config["accumulate"])
     data = config["data"]
-    splits = [
-        pipeline.open_dataset(data["name"], split, data["data_dir"], **data["options"])
-        for split in ("train", "validation")
-    ]
+    with _remarks() as remarks:
+        splits = [
+            pipeline.open_dataset(data["name"], split, data["data_dir"], **data["options"])
+            for split in ("train", "validation")
+        ]
     _fit_head(config, splits[0])
     model, task = build(config["model"]), build(config["task"])
     mix = config["train"]["mix"]
@@ -183,7 +187,27 @@ def set_up(config: dict[str, Any]) -> Run:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state
         ),
         abstract_batch=abstract_batch,
+        remarks=tuple(dict.fromkeys(remarks)),
     )
+
+
+@contextmanager
+def _remarks() -> Iterator[list[str]]:
+    """Collects what the package logs, to be said where a person and the run's log see it."""
+    texts: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: texts.append(record.getMessage())
+    logger = logging.getLogger("vit_jax")
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield texts
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def _durations(config: Mapping[str, Any], prefix: str) -> dict[str, Any]:

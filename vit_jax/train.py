@@ -218,6 +218,8 @@ def describe(run: Run, say: Callable[[str], None]) -> None:
         f"data: {run.config['data']['name']}, {len(run.train_data):,} pictures to learn from, "
         f"{len(run.eval_data):,} held out, {len(run.eval_data.class_names)} classes"
     )
+    for remark in run.remarks:
+        say(f"data: {remark}")
     shapes = ", ".join(
         f"{name} {list(value.shape)} {value.dtype}" for name, value in run.abstract_batch.items()
     )

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -153,6 +154,7 @@ def test_a_dataset_that_cannot_be_fetched_is_one_sentence(tmp_path, monkeypatch,
     def fails(*_, **__):
         raise OSError("Network is unreachable\nand more lines")
 
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
     monkeypatch.setattr(tensorflow_datasets.core.DatasetBuilder, "download_and_prepare", fails)
     with pytest.raises(
         DataError, match=r"imagenet2012 is not prepared in data_dir=.*\(Network is"
@@ -161,6 +163,19 @@ def test_a_dataset_that_cannot_be_fetched_is_one_sentence(tmp_path, monkeypatch,
     assert "\n" not in str(e.value)
     assert "tfds build imagenet2012" in str(e.value)
     assert capfd.readouterr() == ("", "")
+
+
+def test_without_a_network_nothing_is_tried_for_minutes(tmp_path, monkeypatch):
+    def fails(*_):
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fails)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    with pytest.raises(
+        DataError, match=r"not prepared in data_dir=.*\(Name or service not known\)"
+    ):
+        pipeline.open_dataset("cifar10", "train", str(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_options_of_another_dataset_are_refused(tmp_path):

@@ -92,7 +92,8 @@ def open(split: str, *, data_dir: str, validation_share: float = 0.2) -> Dataset
         )
     whole = _scan(root)
     chosen = _hashed(whole.files, split, validation_share)
-    return _report(Folder(root, chosen, whole.class_names, whole.ignored), split)
+    folder = Folder(root, chosen, whole.class_names, whole.ignored)
+    return _report(folder, split) if split == "train" else folder  # both have the same to tell
 
 
 def _existing(data_dir: str) -> Path:

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import logging
+import socket
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -136,6 +138,7 @@ def _prepare(root: Path, name: str, beside: Sequence[str]) -> Path:
             f"{nearest(base, [*names, *here, *beside])}"
         )
     try:
+        _check_network()
         with _quiet():
             builder = tfds.builder(name, data_dir=root, file_format=FORMAT)
             builder.download_and_prepare(file_format=FORMAT)
@@ -147,6 +150,12 @@ def _prepare(root: Path, name: str, beside: Sequence[str]) -> Path:
             f"there is a network: tfds build {name} --file_format={FORMAT}"
         ) from error
     return Path(builder.data_dir)
+
+
+def _check_network() -> None:
+    """OSError where no name resolves: the downloads would retry that for ten minutes."""
+    if not urllib.request.getproxies():
+        socket.getaddrinfo("www.tensorflow.org", 443)
 
 
 @contextlib.contextmanager
