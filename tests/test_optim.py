@@ -197,6 +197,23 @@ def test_lamb_makes_each_update_as_long_as_its_parameter():
         np.testing.assert_allclose(updates[name], -RATE * direction, rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.parametrize("form", [lambda p: p, scanned])
+def test_muon_turns_matrices_in_blocks_and_leaves_the_rest_to_adam(form):
+    params, gradients = form(vit(width=8, seed=0)), form(vit(width=8, seed=1))
+    updates = by_name(first_update(params, gradients, name="muon", b1=0.9, b2=0.999))
+    turned = 0
+    for name, g in by_name(gradients).items():
+        if "block" in name and name.endswith("kernel"):
+            turned += 1
+            stretch = np.linalg.svd(updates[name] / RATE, compute_uv=False)
+            size = 0.2 * max(g.shape[-2:]) ** 0.5  # all directions alike, as large as adamw's
+            assert (stretch > 0.5 * size).all(), name
+            assert (stretch < 1.3 * size).all(), name
+        else:
+            np.testing.assert_allclose(updates[name], -RATE * np.sign(g), rtol=1e-4, err_msg=name)
+    assert turned
+
+
 def test_adafactor_starts_with_signs_and_decays_by_mask():
     params, gradients = vit(seed=0), vit(seed=1)
     updates = by_name(first_update(params, gradients, name="adafactor", b1=0.6, weight_decay=0.3))
@@ -287,7 +304,7 @@ def test_one_axis_of_a_scanned_block_is_one_axis():
     assert decayed(params, no_decay="") == set(optim.names(params)) - spared
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "adafactor", "muon"])
 def test_frozen_parameters_stay_and_hold_no_state_and_do_not_clip(name):
     params, gradients = vit(seed=0), vit(seed=1)
     head, head_gradients = {"head": params["head"]}, {"head": gradients["head"]}
@@ -310,7 +327,7 @@ def test_trainable_is_what_the_pattern_does_not_match():
     assert all(jax.tree.leaves(optim.trainable(params, "")))
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "adafactor", "muon"])
 def test_lr_scale_multiplies_the_whole_update_by_every_factor_that_matches(name):
     params, gradients = vit(seed=0), vit(seed=1)
     spec = {"name": name, "weight_decay": 0.3}
@@ -428,7 +445,7 @@ def test_scanned_pairs_of_blocks_alternate():
     }
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
 def test_scanned_blocks_learn_as_separate_ones_do(name):
     params, gradients = vit(depth=3, seed=0), vit(depth=3, seed=1)
     spec = {"name": name, "weight_decay": 0.3, "clip": 1.0, "layer_decay": 0.7}
@@ -440,7 +457,7 @@ def test_scanned_blocks_learn_as_separate_ones_do(name):
 # The state
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "adafactor", "muon"])
 def test_the_state_is_arrays_that_shapes_alone_can_plan_and_orbax_can_keep(name, tmp_path):
     params, gradients = vit(seed=0), vit(seed=1)
     spec = {"name": name, "freeze": "embed", "lr_scale": [("head", 2.0)], "weight_decay": 0.1}
