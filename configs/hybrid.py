@@ -24,13 +24,14 @@ def get_config(recipe: str = "digits"):
     )
 
 
-def small(config, stem, width, depth, heads):
+def small(config, stem, stem_width, width, depth, heads):
     """A ViT on every pixel of the last map of a small ResNet."""
     common.classifier(
         config,
         "vit.ViT",
         patch=1,
         stem=stem,
+        stem_width=stem_width,
         width=width,
         depth=depth,
         heads=heads,
@@ -41,24 +42,24 @@ def small(config, stem, width, depth, heads):
 
 
 def digits(config):
-    """8x8 pictures enlarged to 32x32; two stages of one bottleneck each leave a 4x4 map."""
-    common.digits(config, image_size=32)
-    small(config, (1, 1), width=64, depth=2, heads=4)
-    config.epochs, config.learning_rate = 20.0, 2e-3
+    """8x8 pictures enlarged to 16x16; one stage of one bottleneck leaves a 4x4 map."""
+    common.digits(config, image_size=16)
+    small(config, (1,), 32, width=64, depth=3, heads=4)
+    config.epochs, config.learning_rate = 30.0, 2e-3
     config.schedule.warmup_epochs = 2.0
 
 
 def tiny(config):
     """Two steps of a small one."""
     digits(config)
-    small(config, (1,), width=16, depth=1, heads=2)
+    small(config, (1,), 32, width=16, depth=1, heads=2)
     common.tiny(config)
 
 
 def cifar10(config):
     """One stage on 32x32 pictures leaves an 8x8 map."""
     common.cifar10(config)
-    small(config, (2,), width=96, depth=6, heads=6)
+    small(config, (2,), 32, width=96, depth=6, heads=6)
     common.muon(config)
     config.batch_size, config.epochs, config.learning_rate = 128, 10.0, 4e-3
     config.schedule.warmup_epochs = 0.5
@@ -67,7 +68,7 @@ def cifar10(config):
 def folder(config):
     """A small hybrid from scratch on pictures of one's own."""
     common.folder(config, image_size=96)
-    small(config, (1, 1), width=128, depth=4, heads=4)
+    small(config, (1, 1), 32, width=128, depth=4, heads=4)
     config.epochs, config.batch_size, config.learning_rate = 30.0, 32, 1e-3
     config.schedule.warmup_epochs = 2.0
     config.task.label_smoothing = 0.1

@@ -166,7 +166,7 @@ def _small_panel(axes: Axes, rows: list[dict], name: str) -> None:
     dots = "o" if len(steps) == 1 else None
     axes.plot(steps, values, color=GREY, linewidth=1.2, marker=dots, clip_on=False)
     known = values[np.isfinite(values)]
-    if name == "grad_norm" and len(known) and known.min() > 0 and known.max() > 10 * known.min():
+    if name == "grad_norm" and len(known) and known.min() > 0 and known.max() > 100 * known.min():
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=min(0.0, known.min(initial=0.0)))

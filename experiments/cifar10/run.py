@@ -1,6 +1,6 @@
 """What do ViT, CvT and Swin of similar cost reach in 10 epochs of CIFAR-10 on a laptop?
 
-python experiments/cifar10/run.py --data_dir=FOLDER [--only vit,cvt,swin] [--out=runs/cifar10]
+python experiments/cifar10/run.py --data_dir=FOLDER [--only=vit,cvt,swin] [--epochs=10]
 
 FOLDER holds TFDS's `cifar10` in array_record form. Interrupted, the same command goes on.
 """
@@ -23,9 +23,10 @@ NOTEBOOK = 0.7263  # the study notebook's text, on the original pixels
 REBUILT = 0.6745  # the same network rebuilt in Keras, on the copy used here
 
 
-def train(name: str, data_dir: Path, out: Path) -> None:
+def train(name: str, epochs: float, data_dir: Path, out: Path) -> None:
     command = [sys.executable, "-m", "vit_jax.main", f"--config=configs/{name}.py:cifar10"]
-    command += [f"--config.data.data_dir={data_dir}", f"--workdir={out / name}"]
+    command += [f"--config.data.data_dir={data_dir}", f"--config.epochs={epochs}"]
+    command += [f"--workdir={out / name}"]
     began = time.monotonic()
     subprocess.run(command, check=True)
     print(f"{name}: {(time.monotonic() - began) / 60:.1f} minutes", flush=True)
@@ -58,10 +59,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--only", default="vit,cvt,swin")
+    parser.add_argument("--epochs", type=float, default=10.0)
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10"))
     arguments = parser.parse_args()
-    for name in arguments.only.split(","):
-        train(name, arguments.data_dir, arguments.out)
+    for name in filter(None, arguments.only.split(",")):
+        train(name, arguments.epochs, arguments.data_dir, arguments.out)
     done = [n for n in COLORS if (arguments.out / n / "metrics.jsonl").exists()]
     curves = {name: curve(arguments.out / name) for name in done}
     (HERE / "curves.json").write_text(json.dumps(curves, indent=1) + "\n")
