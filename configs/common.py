@@ -117,8 +117,9 @@ def digits(config: ConfigDict, image_size: int) -> None:
     config.image_size = image_size
     size = config.get_ref("image_size")
     config.train.transforms = (
-        step("RandomCrop", size=8, padding=1),
-        step("Resize", size=(size, size)),
+        step("Resize", size=(32, 32)),  # first, so that a digit moves by a fraction of its pixels
+        step("RandomCrop", size=32, padding=3),
+        step("RandomResizedCrop", size=size, scale=(0.7, 1.0), ratio=(0.85, 1.18)),
         standardize(DIGITS),
     )
     config.eval.transforms = (step("Resize", size=(size, size)), standardize(DIGITS))
