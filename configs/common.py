@@ -118,11 +118,16 @@ def digits(config: ConfigDict, image_size: int) -> None:
     size = config.get_ref("image_size")
     config.train.transforms = (
         step("Resize", size=(32, 32)),  # first, so that a digit moves by a fraction of its pixels
-        step("RandomCrop", size=32, padding=3),
-        step("RandomResizedCrop", size=size, scale=(0.7, 1.0), ratio=(0.85, 1.18)),
+        step("RandomCrop", size=32, padding=4),
+        step("Resize", size=(size, size)),
         standardize(DIGITS),
     )
-    config.eval.transforms = (step("Resize", size=(size, size)), standardize(DIGITS))
+    config.eval.transforms = (
+        step("Resize", size=(32, 32)),  # the same way: two enlargements blur more than one
+        step("Resize", size=(size, size)),
+        standardize(DIGITS),
+    )
+    config.task.label_smoothing = 0.1
 
 
 def folder(config: ConfigDict, image_size: int) -> None:

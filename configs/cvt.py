@@ -43,7 +43,8 @@ def digits(config):
     """8x8 pictures enlarged to 16x16; maps of 8x8, 4x4 and 2x2."""
     common.digits(config, image_size=16)
     small(config, (3, 3, 3), (2, 2, 2), (1, 1, 1), (32, 48, 64), (1, 1, 2), (1, 3, 4))
-    config.epochs, config.learning_rate = 25.0, 2e-3
+    common.muon(config)
+    config.epochs, config.learning_rate = 30.0, 4e-3
     config.schedule.warmup_epochs = 2.0
 
 

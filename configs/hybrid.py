@@ -45,7 +45,8 @@ def digits(config):
     """8x8 pictures enlarged to 16x16; one stage of one bottleneck leaves a 4x4 map."""
     common.digits(config, image_size=16)
     small(config, (1,), 32, width=64, depth=3, heads=4)
-    config.epochs, config.learning_rate = 30.0, 2e-3
+    common.muon(config)
+    config.epochs, config.learning_rate = 30.0, 4e-3
     config.schedule.warmup_epochs = 2.0
 
 

@@ -41,9 +41,10 @@ def small(config, patch, window, width, depths, heads):
 def digits(config):
     """8x8 pictures enlarged to 16x16; maps of 8x8 and 4x4, windows of 4x4."""
     common.digits(config, image_size=16)
-    small(config, patch=2, window=4, width=32, depths=(2, 2), heads=(2, 4))
-    config.epochs, config.learning_rate = 30.0, 2e-3
-    config.schedule.warmup_epochs = 3.0
+    small(config, patch=2, window=4, width=64, depths=(2, 2), heads=(2, 4))
+    common.muon(config)
+    config.epochs, config.learning_rate = 30.0, 4e-3
+    config.schedule.warmup_epochs = 2.0
 
 
 def tiny(config):

@@ -40,8 +40,9 @@ def digits(config):
         pooling="mean",
         image_size=config.get_ref("image_size"),
     )
-    config.epochs, config.learning_rate = 40.0, 2e-3
-    config.schedule.warmup_epochs = 3.0
+    common.muon(config)
+    config.epochs, config.learning_rate = 30.0, 4e-3
+    config.schedule.warmup_epochs = 2.0
 
 
 def tiny(config):
