@@ -171,9 +171,7 @@ def test_without_a_network_nothing_is_tried_for_minutes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", fails)
     monkeypatch.setattr("urllib.request.getproxies", dict)
-    with pytest.raises(
-        DataError, match=r"not prepared in .*\(Name or service not known\)"
-    ):
+    with pytest.raises(DataError, match=r"not prepared in .*\(Name or service not known\)"):
         pipeline.open_dataset("cifar10", "train", str(tmp_path))
     assert not list(tmp_path.iterdir())
 
