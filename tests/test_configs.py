@@ -7,10 +7,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from vit_jax.report import read_metrics
 
 from vit_jax import main
 from vit_jax.build import build
+from vit_jax.report import read_metrics
 
 CONFIGS = sorted(
     p.stem for p in (Path(__file__).parent.parent / "configs").glob("*.py") if p.stem[0] != "_"

@@ -59,6 +59,33 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(number, uncut, tmp_path, cap
     assert read_metrics(workdir) == read_metrics(uncut)  # none doubled, none missing
 
 
+def test_a_run_stopped_before_its_last_evaluation_makes_up_for_it(
+    uncut, tmp_path, capsys, monkeypatch
+):
+    workdir, progress = tmp_path / "run", Report.progress
+
+    def stop_after_the_last(self, step, numbers):
+        progress(self, step, numbers)
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Report, "progress", stop_after_the_last)
+    assert run(capsys, TINY, *RUN, f"--workdir={workdir}")[0] == 143
+    monkeypatch.undo()
+    assert run(capsys, TINY, *RUN, f"--workdir={workdir}")[0] == 0
+    assert read_metrics(workdir) == read_metrics(uncut)
+    assert (workdir / "predictions.png").exists()
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vit_jax.train.set_up", interrupted)
+    status, _, err = run(capsys, TINY, f"--workdir={tmp_path / 'run'}")
+    assert (status, err) == (130, "stopped before anything was trained\n")
+
+
 def test_a_finished_run_says_so_and_changes_nothing(uncut, capsys):
     before = {p: p.stat().st_mtime_ns for p in (uncut / "checkpoints").rglob("*")}
     rows = read_metrics(uncut)

@@ -51,6 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     except STOPS as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    except KeyboardInterrupt:  # while a run is up, it has a handler of its own
+        print("stopped before anything was trained", file=sys.stderr)
+        return 130
 
 
 def parse(argv: list[str]) -> tuple[dict[str, Any], Path, str, bool]:

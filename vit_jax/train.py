@@ -5,7 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,28 +87,46 @@ class _Loop:
         self.drawn = -np.inf  # when the curves were
 
     def go(self, state: step.TrainState, start: int) -> dict[str, float]:
+        """From a state to the end of the run; the last evaluation's numbers."""
         run, report, total = self.run, self.report, self.run.total_steps
         rows = [r for r in read_metrics(self.workdir) if r["split"].startswith("validation")]
-        best = max((self._rank(r) for r in rows), default=-np.inf)
-        if start >= total:
-            numbers = rows[-1] if rows else self._evaluate(state, start)[0]
-            report.say(f"finished already: {total} steps; {sentence(numbers)}; see {self.workdir}")
-            return numbers
+        evaluated = any(r["step"] == start for r in rows)
+        if start >= total and evaluated:
+            report.say(f"finished already: {total} steps; {sentence(rows[-1])}; see {self.workdir}")
+            return rows[-1]
         describe(run, report.say)
         if start:
             report.say(f"going on from step {start} of {total}")
-        with report.paused(), memory_errors(run.config["batch_size"]):
-            began = time.monotonic()
-            report.say("compiling the training step ...")
-            train_step = run.compile_train_step()
-            report.say(f"compiled in {time.monotonic() - began:.0f} s")
-        if start and start % self.eval_every == 0 and not any(r["step"] == start for r in rows):
-            best = max(best, self._evaluate(state, start)[1])  # the run was killed before this row
+        best = max((self._rank(r) for r in rows), default=-np.inf)
+        numbers: dict[str, float] = {}
+        if start and (start % self.eval_every == 0 or start == total) and not evaluated:
+            numbers, rank = self._evaluate(state, start)  # the run was stopped before this row
+            best = best if rank is None else max(best, rank)
+        if start < total:
+            with report.paused(), memory_errors(run.config["batch_size"]):
+                began = time.monotonic()
+                report.say("compiling the training step ...")
+                train_step = run.compile_train_step()
+                report.say(f"compiled in {time.monotonic() - began:.0f} s")
+            with closing(run.batches(start)) as batches:
+                state, numbers = self._steps(train_step, batches, state, start, best)
+        self._pictures(state)
+        report.say(f"finished: {sentence(numbers)}; see {self.workdir}")
+        return numbers
 
+    def _steps(
+        self,
+        train_step: Callable,
+        batches: Iterator[Batch],
+        state: step.TrainState,
+        start: int,
+        best: float,
+    ) -> tuple[step.TrainState, dict[str, float]]:
+        """Trains from `start` to the last step, with its evaluations and checkpoints."""
+        run, report, total = self.run, self.report, self.run.total_steps
         numbers: dict[str, float] = {}
         pending: deque = deque()
         sums: list[dict] = []
-        batches = run.batches(start)
         for now in range(start + 1, total + 1):
             with report.waiting():
                 batch = next(batches)
@@ -123,25 +141,22 @@ class _Loop:
                     sums.append(self._fetch(*pending.popleft()))
                 self._log(now, sums)
                 sums = []
-            stop = bool(self.stopped)
             last, rank = now == total, None
-            if (now % self.eval_every == 0 or last) and not stop:
+            if (now % self.eval_every == 0 or last) and not self.stopped:
                 numbers, rank = self._evaluate(state, now)
-                stop = bool(self.stopped)  # a signal cuts an evaluation short
+            stop = bool(self.stopped)  # a signal may also have cut the evaluation short
             improved = rank is not None and rank > best
             if stop or last or improved or now % self.checkpoint_every == 0:
                 with report.paused():
                     self.checkpoints.save(now, state, rank=rank)
-            best = max(best, -np.inf if rank is None else rank)
-            if stop and not last:
+            best = best if rank is None else max(best, rank)
+            if stop and not (last and numbers):
                 self.checkpoints.wait()
                 report.say(
                     f"stopped at step {now}, which is saved; the same command goes on from here"
                 )
                 raise StoppedError(self.stopped[0])
-        self._pictures(state)
-        report.say(f"finished: {sentence(numbers)}; see {self.workdir}")
-        return numbers
+        return state, numbers
 
     def _fetch(self, now: int, sums: dict) -> dict[str, np.ndarray]:
         """A finished step's sums on the host; DivergedError if its loss was not finite."""
