@@ -192,7 +192,8 @@ print(json.dumps(found))
 
 
 def test_importing_everything_touches_no_device_flag_or_file(tmp_path):
-    arguments = [str(ROOT / "vit_jax"), str(ROOT / "configs"), *MODULES, *CONFIGS]
+    folders = [str(ROOT / name) + os.sep for name in ("vit_jax", "configs")]
+    arguments = [*folders, *MODULES, *CONFIGS]
     # Where there is no platform, the first look at a device raises.
     environment = {"JAX_PLATFORMS": "no_such_platform", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

@@ -64,7 +64,7 @@ def test_values_files_and_folders_are_read_from_the_command_line():
     )
     assert config["batch_size"] == 16
     assert config["model"]["backbone"]["image_size"] == 24  # a reference follows its source
-    assert config["train"]["transforms"][1]["size"] == [24, 24]
+    assert config["train"]["transforms"][2]["size"] == [24, 24]
     assert (workdir, mode, dry) == (Path("runs/vit-tiny"), "train", False)
     assert main.parse(["--config=configs/vit.py", "--workdir=a/b"])[1] == Path("a/b")
     json.dumps(config)

@@ -117,7 +117,7 @@ def test_another_config_is_refused_with_the_keys_that_differ(uncut, capsys):
     argv = [TINY, *RUN, f"--workdir={uncut}", "--config.learning_rate=0.5", "--config.seed=3"]
     status, _, err = run(capsys, *argv)
     assert status == 4
-    assert "2 keys differ: learning_rate (0.002 there, 0.5 now), seed (0 there, 3 now)" in err
+    assert "2 keys differ: learning_rate (0.004 there, 0.5 now), seed (0 there, 3 now)" in err
     assert (uncut / "config.json").read_bytes() == before
     assert run(capsys, TINY, *RUN, f"--workdir={uncut}", "--config.data.threads=1")[0] == 0
 
