@@ -150,7 +150,7 @@ class _Loop:
                 with report.paused():
                     self.checkpoints.save(now, state, rank=rank)
             best = best if rank is None else max(best, rank)
-            if stop and not (last and numbers):
+            if stop and not (last and rank is not None):
                 self.checkpoints.wait()
                 report.say(
                     f"stopped at step {now}, which is saved; the same command goes on from here"
