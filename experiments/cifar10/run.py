@@ -64,9 +64,11 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in filter(None, arguments.only.split(",")):
         train(name, arguments.epochs, arguments.data_dir, arguments.out)
+    kept = HERE / "curves.json"  # what ran before stays beside what ran now
+    curves = json.loads(kept.read_text()) if kept.exists() else {}
     done = [n for n in COLORS if (arguments.out / n / "metrics.jsonl").exists()]
-    curves = {name: curve(arguments.out / name) for name in done}
-    (HERE / "curves.json").write_text(json.dumps(curves, indent=1) + "\n")
+    curves |= {name: curve(arguments.out / name) for name in done}
+    kept.write_text(json.dumps(curves, indent=1) + "\n")
     plot(curves, HERE / "accuracy.png")
 
 
