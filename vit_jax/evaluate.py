@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from vit_jax import checkpoint, mesh, pictures, step
-from vit_jax.contracts import Example
+from vit_jax.contracts import Batch, Dataset, Example
 from vit_jax.data import pipeline
 from vit_jax.errors import CheckpointError, DataError
 from vit_jax.report import Report, sentence
@@ -62,6 +62,14 @@ def rows_of(state: step.TrainState) -> dict[str, Any]:
     return rows | ({"validation_ema": state.ema} if state.ema else {})
 
 
+def broken_pictures(run: Run, batch: Batch, data: Dataset) -> list[str]:
+    """What is wrong with a batch's broken pictures; DataError if the config says to stop."""
+    texts = pipeline.broken(batch, data, run.max_pixels)
+    if texts and run.config["data"]["on_broken"] == "stop":
+        raise DataError(f"{texts[0]} (--config.data.on_broken=skip would go on without it)")
+    return texts
+
+
 def evaluate_split(
     run: Run, eval_step: Callable, rows: dict[str, Any], report: Report, stopped: list[int]
 ) -> dict[str, dict[str, float]] | None:
@@ -71,9 +79,7 @@ def evaluate_split(
     for batch in run.validation():
         if stopped:
             return None
-        for text in pipeline.broken(batch, run.eval_data, run.max_pixels):
-            if run.config["data"]["on_broken"] == "stop":
-                raise DataError(f"{text} (--config.data.on_broken=skip would go on without it)")
+        for text in broken_pictures(run, batch, run.eval_data):
             skipped += 1
             report.warn(f"left out of the evaluation, a broken picture: {text}")
         placed = mesh.put_batch(batch, run.mesh)

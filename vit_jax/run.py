@@ -64,12 +64,12 @@ class Run:
         """The root of all randomness on the device; step n draws from `fold_in(key, n)`."""
         return jax.random.key(self.config["seed"])
 
-    def batches(self, start_step: int, batch_size: int | None = None) -> Iterator[Batch]:
+    def batches(self, start_step: int) -> Iterator[Batch]:
         """Training batches from that step on, for ever."""
         return pipeline.train_batches(
             self.train_data,
             self.train_transforms,
-            batch_size=batch_size or self.config["batch_size"],
+            batch_size=self.config["batch_size"],
             seed=self.config["seed"],
             start_step=start_step,
             mix=self.mix,

@@ -15,9 +15,8 @@ import numpy as np
 
 from vit_jax import checkpoint, cost, mesh, pictures, step
 from vit_jax.contracts import Batch
-from vit_jax.data import pipeline
-from vit_jax.errors import CheckpointError, DataError, DivergedError, OutOfMemoryError
-from vit_jax.evaluate import SHOWN, draw, evaluate_split, rows_of
+from vit_jax.errors import CheckpointError, DivergedError, OutOfMemoryError
+from vit_jax.evaluate import SHOWN, broken_pictures, draw, evaluate_split, rows_of
 from vit_jax.report import Report, read_metrics, sentence
 from vit_jax.run import Run, claim, set_up
 
@@ -125,6 +124,7 @@ class _Loop:
         """Trains from `start` to the last step, with its evaluations and checkpoints."""
         run, report, total = self.run, self.report, self.run.total_steps
         numbers: dict[str, float] = {}
+        key = run.key
         pending: deque = deque()
         sums: list[dict] = []
         for now in range(start + 1, total + 1):
@@ -132,7 +132,7 @@ class _Loop:
                 batch = next(batches)
             self._check_pictures(batch)
             with memory_errors(run.config["batch_size"]):
-                state, new = train_step(state, mesh.put_batch(batch, run.mesh), key=run.key)
+                state, new = train_step(state, mesh.put_batch(batch, run.mesh), key=key)
                 pending.append((now, new))
                 while len(pending) > (IN_FLIGHT if now < total else 0):
                     sums.append(self._fetch(*pending.popleft()))
@@ -188,9 +188,7 @@ class _Loop:
         if not bad.any() or set(batch["index"][bad].tolist()) <= self.broken:
             return
         self.broken |= set(batch["index"][bad].tolist())
-        for text in pipeline.broken(batch, self.run.train_data, self.run.max_pixels):
-            if self.run.config["data"]["on_broken"] == "stop":
-                raise DataError(f"{text} (--config.data.on_broken=skip would go on without it)")
+        for text in broken_pictures(self.run, batch, self.run.train_data):
             self.report.warn(f"skipped a broken picture, {len(self.broken)} so far: {text}")
 
     def _evaluate(self, state: step.TrainState, now: int) -> tuple[dict[str, float], float | None]:
