@@ -1,81 +1,74 @@
-"""Golden outputs of ViT and hybrid ViT, made with PyTorch and timm; read back with numpy alone."""
+"""Golden outputs of ViT, DeiT and hybrid ViT, made with PyTorch, timm and transformers; read back
+with numpy alone."""
 
-import re
+import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from tests.golden.swin import half_state, leaf_name, ours, put
+from vit_jax.build import build
+from vit_jax.pretrained import names
+from vit_jax.pretrained.families import vit
+from vit_jax.pretrained.recipe import Recipe
 
 WIDTH, DEPTH, HEADS, CLASSES, STEM_WIDTH = 24, 2, 3, 5, 32
+DEIT_SIZES = ((16, 16), (24, 40))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model, and the sizes of the images it sees; the first is what its positions are for."""
+    """One model of timm, and the sizes of the images it sees; the first is what its positions are
+    for."""
 
     patch: int
     stem: tuple[int, ...] | None
     sizes: tuple[tuple[int, int], ...]
+    source: str = "google"
+    pooling: str = "token"
 
 
 # 29x46 divides by nothing: each convolution and the pooling pad on their own.
 CASES = {
     "vit_tiny": Case(8, None, ((32, 32), (40, 56))),
+    "vit_mean_norm": Case(4, None, ((8, 8), (12, 20)), pooling="mean_norm"),
     "vit_hybrid": Case(1, (2, 1), ((32, 32), (29, 46))),
     "vit_root": Case(4, (), ((32, 32), (48, 62))),
+    "vit_root_timm": Case(2, (), ((16, 16), (22, 30)), source="timm"),
 }
 
-IN_BLOCK = {
-    "norm1": "norm1",
-    "norm2": "norm2",
-    "attn.proj": "attention/out",
-    "mlp.fc1": "mlp/fc1",
-    "mlp.fc2": "mlp/fc2",
-}
-IN_BOTTLENECK = {"downsample.conv": "shortcut_conv", "downsample.norm": "shortcut_norm"}
+
+def state_of(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The state dict in a golden file, as float32."""
+    prefix = "state/"
+    found = (name for name in arrays if name.startswith(prefix))
+    return {name.removeprefix(prefix): arrays[name].astype(np.float32) for name in found}
 
 
-def variables(state: Mapping[str, np.ndarray]) -> dict:
-    """The state dict of timm's `VisionTransformer` -> the variables of `Classifier(ViT)`."""
-    backbone: dict = {}
-    params: dict = {"backbone": backbone}
-    for name, array in state.items():
-        if name == "cls_token":
-            put(backbone, "class_token", array)
-        elif name == "pos_embed":
-            side = round((array.shape[1] - 1) ** 0.5)
-            put(backbone, "position/token", array[0, :1])
-            put(backbone, "position/grid", array[0, 1:].reshape(side, side, -1))
-        elif found := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", name):
-            leaf = leaf_name(found[2], array)
-            for part, third in zip(("query", "key", "value"), np.split(array, 3), strict=True):
-                put(backbone, f"block_{found[1]}/attention/{part}/{leaf}", ours(third))
-        else:
-            module, leaf = name.rsplit(".", 1)
-            tree = params if module == "head" else backbone
-            put(tree, f"{_module(module)}/{leaf_name(leaf, array)}", ours(array))
-    return {"params": params}
+def recipe(name: str, arrays: Mapping[str, np.ndarray]) -> Recipe:
+    """What the public code makes of a case's state dict; heads are not in it."""
+    state = state_of(arrays)
+    found = vit.from_state({k: v.shape for k, v in state.items()}, name)
+    found.backbone.update(heads=HEADS)
+    if CASES[name].stem is not None:
+        found.backbone.update(stem_source=CASES[name].source)
+    return found
 
 
-def _module(name: str) -> str:
-    if name in ("norm", "head"):
-        return name
-    if name == "patch_embed.proj":
-        return "embed/proj"
-    if found := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
-        return f"block_{found[1]}/{IN_BLOCK[found[2]]}"
-    name = name.removeprefix("patch_embed.backbone.")
-    if found := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.(.+)", name):
-        stage, block, rest = found.groups()
-        return f"stem/stage_{int(stage) + 1}/block_{block}/{IN_BOTTLENECK.get(rest, rest)}"
-    return f"stem/root_{name.removeprefix('stem.')}"
+def model_of(found: Recipe):
+    """The module of a recipe with a head."""
+    return build(found.classifier | {"backbone": found.backbone, "num_classes": found.num_classes})
 
 
-def build(case: Case):
-    """timm's model, its CNN with the standardisation and the epsilons of Google's code."""
+def variables(found: Recipe, shapes, arrays: Mapping[str, np.ndarray]) -> dict:
+    """A golden file's state dict -> the variables of a model, by the public table."""
+    return names.read(found.table, shapes, state_of(arrays))
+
+
+def build_timm(case: Case):
+    """timm's model; for Google its CNN has the standardisation and epsilons of Google's code."""
     from functools import partial
 
     from timm.layers import GroupNormAct, HybridEmbed, StdConv2dSame
@@ -94,14 +87,14 @@ def build(case: Case):
             weight = centred / (deviation + 1e-5)
             return conv2d(pad_same(x, self.kernel_size, self.stride), weight, stride=self.stride)
 
-    options = {}
+    options = {"global_pool": "avg"} if case.pooling == "mean_norm" else {}
     if case.stem is not None:
-        shared = {
-            "stem_type": "same",
-            "preact": False,
-            "conv_layer": GoogleConv,
-            "norm_layer": partial(GroupNormAct, num_groups=32, eps=1e-6),
-        }
+        shared = {"stem_type": "same", "preact": False}
+        if case.source == "google":
+            shared["conv_layer"] = GoogleConv
+            shared["norm_layer"] = partial(GroupNormAct, num_groups=32, eps=1e-6)
+        else:
+            shared["conv_layer"] = partial(StdConv2dSame, eps=1e-8)
         if case.stem:
             channels = tuple(4 * STEM_WIDTH * 2**i for i in range(len(case.stem)))
             backbone = ResNetV2(
@@ -135,18 +128,71 @@ def randomise(model, seed: int) -> None:
         value = np.round(8 * random.normal(size=tuple(tensor.shape))) / 8
         if tensor.ndim == 1:
             value = value / 4 + name.endswith("weight")
-        elif name not in ("cls_token", "pos_embed"):
+        elif not any(part in name for part in ("token", "pos_embed", "position")):
             value *= 2.0 ** -round(np.log2(np.prod(tensor.shape[1:])) / 2)
         tensor.copy_(torch.from_numpy(value))
+
+
+def half_state(model) -> dict[str, np.ndarray]:
+    """The state dict as float16."""
+    return {
+        f"state/{name}": tensor.numpy().astype(np.float16)
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def images(i: int, size: tuple[int, int]) -> np.ndarray:
+    """[1, 3, H, W] of case i, exact in float16."""
+    return np.random.default_rng(i).normal(size=(1, 3, *size)).astype(np.float16)
+
+
+def hf_arrays(model, sizes: tuple[tuple[int, int], ...], **call) -> dict[str, np.ndarray]:
+    """What is known of a model of transformers: config, weights, names in a file, outputs.
+
+    Args:
+      model: with a head.
+      sizes: of the images; the first is what its positions are for.
+      **call: further arguments at other sizes.
+    """
+    import torch
+    from safetensors import safe_open
+
+    with torch.no_grad():
+        randomise(model, seed=0)
+        arrays = half_state(model)
+        for i, size in enumerate(sizes):
+            image = images(i, size)
+            out = model(
+                torch.from_numpy(image.astype(np.float32)),
+                output_hidden_states=True,
+                **(call if i else {}),
+            )
+            arrays[f"{i}/image"] = image.transpose(0, 2, 3, 1)
+            for block, tokens in enumerate(out.hidden_states[1:]):
+                arrays[f"{i}/block_{block}"] = tokens.numpy()
+            arrays[f"{i}/logits"] = out.logits.numpy()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        with safe_open(Path(folder) / "model.safetensors", "numpy") as opened:
+            arrays["names"] = np.array(sorted(opened.keys()))
+        arrays["config"] = np.array((Path(folder) / "config.json").read_text())
+    return arrays
+
+
+def config_of(arrays: Mapping[str, np.ndarray]) -> dict:
+    """The config.json in a golden file."""
+    return json.loads(str(arrays["config"]))
 
 
 def make(folder: Path) -> None:
     """Writes a file for each case: weights, images, and what comes out of each stage."""
     import torch
+    from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
 
     for name, case in CASES.items():
-        model = build(case)
-        watched = {"dropout": model.pos_drop, "norm": model.norm, "head": model.head}
+        model = build_timm(case)
+        watched = {"dropout": model.pos_drop, "head": model.head}
+        watched["norm"] = model.fc_norm if case.pooling == "mean_norm" else model.norm
         watched |= {f"block_{i}": block for i, block in enumerate(model.blocks)}
         if case.stem:
             stages = model.patch_embed.backbone.stages
@@ -164,10 +210,23 @@ def make(folder: Path) -> None:
             randomise(model, seed=0)
             arrays = half_state(model)
             for i, size in enumerate(case.sizes):
-                image = np.random.default_rng(i).normal(size=(1, 3, *size)).astype(np.float16)
+                image = images(i, size)
                 model(torch.from_numpy(image.astype(np.float32)))
                 arrays[f"{i}/image"] = image.transpose(0, 2, 3, 1)
                 for path, array in seen.items():
                     maps = array.ndim == 4
                     arrays[f"{i}/{path}"] = array.transpose(0, 2, 3, 1) if maps else array
         np.savez_compressed(folder / f"{name}.npz", **arrays)
+
+    config = DeiTConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS,
+        intermediate_size=40,
+        image_size=DEIT_SIZES[0],
+        patch_size=4,
+        num_labels=CLASSES,
+    )
+    model = DeiTForImageClassificationWithTeacher(config).eval()
+    arrays = hf_arrays(model, DEIT_SIZES, interpolate_pos_encoding=True)
+    np.savez_compressed(folder / "deit_tiny.npz", **arrays)

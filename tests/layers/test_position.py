@@ -42,13 +42,27 @@ def test_bicubic_torch_equals_pytorch():
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
 
+def test_bilinear_torch_takes_two_neighbours_even_where_it_shrinks():
+    # torch.nn.functional.interpolate(x, size=..., mode="bilinear", align_corners=False)
+    got = resize_matrix(7, 3, "bilinear_torch") @ np.arange(7.0) ** 2
+    np.testing.assert_allclose(got, [2 / 3, 9.0, 28 + 1 / 3], rtol=1e-6)
+
+
+def test_dinov2_stretches_by_a_tenth_of_an_entry():
+    # torch.nn.functional.interpolate(x, scale_factor=(7 + 0.1) / 4, mode="bicubic")
+    wanted = [-0.3001409, 0.807225, 2.6063106, 4.4365527, 6.1556938, 8.0483222, 9.2559406]
+    got = resize_matrix(4, 7, "bicubic_dinov2") @ [0.0, 3.0, 6.0, 9.0]
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
 @pytest.mark.parametrize("method", RESIZERS)
 def test_every_method_keeps_constants_and_a_grid_of_the_same_size(method):
     for size, target in ((3, 8), (8, 3), (1, 4), (5, 1)):
         np.testing.assert_allclose(resize_matrix(size, target, method).sum(1), 1, atol=1e-12)
     x = grid(3, 4, 2)
     np.testing.assert_array_equal(resize_grid(x, (3, 4), method), x)
-    np.testing.assert_allclose(resize_matrix(6, 6, method), np.eye(6), atol=1e-12)
+    if method != "bicubic_dinov2":  # which stretches, but leaves a grid of the same size alone
+        np.testing.assert_allclose(resize_matrix(6, 6, method), np.eye(6), atol=1e-12)
 
 
 def test_an_unknown_method_is_refused_even_where_nothing_is_resized():
@@ -90,6 +104,12 @@ def test_sincos_has_the_column_in_the_first_half_and_the_row_in_the_second():
     x, y = 2, 1  # frequencies 1 and 1/100
     wanted = [wave(p * f) for p in (x, y) for wave in (math.sin, math.cos) for f in (1, 0.01)]
     np.testing.assert_allclose(made[y, x], wanted, rtol=1e-6)
+
+
+def test_closed_frequencies_end_at_the_lowest():
+    made = sincos_positions(1, 2, 12, closed=True)[1]  # column 1, frequencies 1, 1/100, 1/10000
+    np.testing.assert_allclose(made[:3], np.sin([1, 1e-2, 1e-4]), rtol=1e-5)
+    np.testing.assert_array_equal(made[6:], [0, 0, 0, 1, 1, 1])
 
 
 def test_sincos_refuses_a_width_that_4_does_not_divide():

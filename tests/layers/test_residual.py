@@ -68,6 +68,29 @@ def test_standardized_weights_have_mean_0_and_deviation_1_for_each_output():
     # Weights 0 and 2 have deviation 1: the epsilon is added to that, not to its square.
     pair = jnp.array([0.0, 2.0]).reshape(1, 1, 2, 1)
     np.testing.assert_allclose(standardize(pair, 0.25).ravel(), [-0.8, 0.8], rtol=1e-6)
+    # timm adds its own to the square: 1 + 0.5625 is 1.25 squared.
+    np.testing.assert_allclose(standardize(pair, 0.0, 0.5625).ravel(), [-0.8, 0.8], rtol=1e-6)
+
+
+def test_a_stem_computes_with_the_epsilons_of_its_source():
+    x = 1e-3 * draw(1, 8, 9, 3)  # small, so that the norms' epsilons show
+    stem = HybridStem((), 32)
+    variables = {
+        "params": {
+            "root_conv": {"kernel": 1e-4 * draw(7, 7, 3, 32)},
+            "root_norm": {"scale": np.ones(32, np.float32), "bias": np.zeros(32, np.float32)},
+        }
+    }
+    kernel = variables["params"]["root_conv"]["kernel"]
+    for source, on_kernel, on_norm in (
+        ("google", (1e-5, 0.0), 1e-6),
+        ("timm", (0.0, 1e-8), 1e-5),
+    ):
+        got = quick(stem.clone(source=source).apply)(variables, x)
+        y = np.asarray(convolve(x, standardize(kernel, *on_kernel), 2))
+        y = (y - y.mean((1, 2))[:, None, None]) / np.sqrt(y.var((1, 2)) + on_norm)[:, None, None]
+        wanted = nn.max_pool(np.maximum(y, 0), (3, 3), (2, 2), "SAME")
+        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_std_conv_is_a_convolution_with_standardized_weights_and_no_bias():

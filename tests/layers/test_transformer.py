@@ -10,7 +10,9 @@ import pytest
 from vit_jax.layers.transformer import (
     DropPath,
     EncoderBlock,
+    LayerScale,
     Mlp,
+    SwiGlu,
     activation,
     apply_blocks,
     drop_path_rates,
@@ -50,6 +52,31 @@ def test_the_mlp_is_two_layers_with_an_activation_between():
     }
     out = Mlp(3, "relu").apply({"params": params}, jnp.array([[2.0], [-3.0]]), train=False)
     np.testing.assert_allclose(out, [[2 + 300 + 0.5], [30 + 0.5]])
+
+
+def test_a_gated_mlp_multiplies_one_layer_by_the_silu_of_another():
+    x = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
+    layer = SwiGlu(20)  # two thirds are 13, the next multiple of 8 is 16
+    out, variables = layer.init_with_output(jax.random.key(0), x, train=False)
+    params = variables["params"]
+    assert jax.tree.map(jnp.shape, params) == {
+        "gate": {"kernel": (3, 16), "bias": (16,)},
+        "up": {"kernel": (3, 16), "bias": (16,)},
+        "down": {"kernel": (16, 3), "bias": (3,)},
+    }
+    gate, up = (x @ np.asarray(params[name]["kernel"]) for name in ("gate", "up"))
+    wanted = (gate / (1 + np.exp(-gate)) * up) @ np.asarray(params["down"]["kernel"])
+    np.testing.assert_allclose(out, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_layer_scale_starts_at_its_value_and_scales_channels():
+    x = np.ones((2, 3, 4), np.float32)
+    out, variables = LayerScale(0.25).init_with_output(jax.random.key(0), x)
+    np.testing.assert_array_equal(out, 0.25 * x)
+    assert variables["params"]["gamma"].shape == (4,)
+    gamma = np.arange(4.0, dtype=np.float32)
+    out = LayerScale(0.25).apply({"params": {"gamma": gamma}}, x)
+    np.testing.assert_array_equal(out[1, 2], gamma)
 
 
 @pytest.mark.parametrize("traced", [False, True])
@@ -93,6 +120,38 @@ def test_a_block_whose_branches_end_in_0_is_the_identity_and_norms_come_first():
     branch = apply(attention, x) - x
     np.testing.assert_allclose(apply(attention, 100 * x) - 100 * x, branch, atol=1e-3)
     assert np.abs(branch).max() > 0.1
+
+
+def test_layer_scale_gains_both_branches_of_a_block():
+    x = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
+    block = EncoderBlock(heads=3, mlp_ratio=1.0, layer_scale=0.5, key_bias=False)
+    params = quick(partial(block.init, train=False))(jax.random.key(1), x)["params"]
+    assert set(params["attention"]["key"]) == {"kernel"}
+    assert set(params["attention"]["value"]) == {"kernel", "bias"}
+    apply = quick(partial(block.apply, train=False))
+
+    def gained(first, second):
+        gains = {"layer_scale1": {"gamma": jnp.full(6, first)}}
+        gains |= {"layer_scale2": {"gamma": jnp.full(6, second)}}
+        return apply({"params": params | gains}, x)
+
+    np.testing.assert_array_equal(gained(0.0, 0.0), x)
+    np.testing.assert_allclose(gained(2.0, 0.0) - x, 2 * (gained(1.0, 0.0) - x), atol=1e-5)
+    np.testing.assert_allclose(gained(0.0, 3.0) - x, 3 * (gained(0.0, 1.0) - x), atol=1e-5)
+    np.testing.assert_array_equal(apply({"params": params}, x), gained(0.5, 0.5))
+
+
+def test_a_bias_on_the_logits_can_hide_a_token():
+    x = np.random.default_rng(0).normal(size=(1, 4, 6)).astype(np.float32)
+    block = EncoderBlock(heads=2, mlp_ratio=1.0)
+    variables = quick(partial(block.init, train=False))(jax.random.key(1), x)
+    apply = quick(partial(block.apply, train=False))
+    hidden = jnp.where(jnp.arange(4) == 3, -1e9, 0.0)[None, None]  # [1, 1, M]
+    other = x.copy()
+    other[0, 3] += 1
+    first, second = (apply(variables, y, bias=hidden)[0, :3] for y in (x, other))
+    np.testing.assert_array_equal(first, second)
+    assert np.abs(apply(variables, other)[0, :3] - first).max() > 1e-2
 
 
 class Affine(nn.Module):

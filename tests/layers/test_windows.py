@@ -74,3 +74,30 @@ def test_gradient_of_the_table_counts_the_pairs_at_each_offset():
     grad = jax.grad(lambda table: windows.relative_bias(table, 3).sum())(jnp.zeros((25, 1)))
     counts = np.array([1, 2, 3, 2, 1])
     chex.assert_trees_all_equal(grad.reshape(5, 5), np.outer(counts, counts).astype(np.float32))
+
+
+def test_logarithmic_offsets_by_hand():
+    one = np.log2(9) / 3  # the largest offset is 8, and log2(8) is 3
+    wanted = [[i, j] for i in (-one, 0, one) for j in (-one, 0, one)]
+    np.testing.assert_allclose(windows.log_offsets(2), wanted, rtol=1e-6)
+    # Made for windows of 5: a pixel is a quarter of their largest offset.
+    middle = windows.log_offsets(3, made_for=5).reshape(5, 5, 2)[2]
+    steps = np.sign([-2, -1, 0, 1, 2]) * np.log2(1 + np.array([4, 2, 0, 2, 4])) / 3
+    np.testing.assert_allclose(middle, np.stack([np.zeros(5), steps], -1), rtol=1e-6)
+    np.testing.assert_array_equal(windows.log_offsets(1), [[0, 0]])
+
+
+def test_within_undoes_padding_and_shift():
+    x = jnp.arange(2.0 * 5 * 7 * 3).reshape(2, 5, 7, 3)
+    for shift in (0, 1):
+        seen = {}
+
+        def attention(tokens, bias, seen=seen):
+            seen.update(tokens=tokens, bias=bias)
+            return 2 * tokens
+
+        out = windows.within(attention, x, jnp.zeros((4, 9, 9)), 3, shift)
+        chex.assert_trees_all_equal(out, 2 * x)
+        assert seen["tokens"].shape == (2, 6, 9, 3)  # 6x9 pixels in windows of 3x3
+        assert seen["bias"].shape == ((6, 4, 9, 9) if shift else (4, 9, 9))
+        assert seen["tokens"][0, 0, 0, 0] == x[0, shift, shift, 0]

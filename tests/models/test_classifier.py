@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vit_jax.contracts import Features
-from vit_jax.models.classifier import Classifier
+from vit_jax.models.classifier import Classifier, DistilledClassifier
 
 
 class Means(nn.Module):
@@ -67,6 +67,49 @@ def test_dropout_acts_on_the_pooled_features_in_training_only():
     chex.assert_trees_all_equal(apply(train=False), jnp.full((400, 50), 3.0))
 
 
-def test_a_head_without_classes_is_refused():
+def test_a_representation_is_a_layer_and_a_tanh_before_the_head():
+    random = np.random.default_rng(0)
+    params = {
+        "backbone": {"scale": np.ones((1, 1, 1, 3), np.float32)},
+        "pre_logits": {"kernel": random.normal(size=(3, 4)), "bias": random.normal(size=4)},
+        "head": {"kernel": random.normal(size=(4, 2)), "bias": random.normal(size=2)},
+    }
+    model = Classifier(Means(), 2, representation=4)
+    shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), image())
+    assert jax.tree.map(jnp.shape, shapes["params"]) == jax.tree.map(jnp.shape, params)
+    logits = model.apply({"params": params}, image(), train=False)
+    pooled = np.asarray(image()).mean((1, 2))
+    hidden = np.tanh(pooled @ params["pre_logits"]["kernel"] + params["pre_logits"]["bias"])
+    wanted = hidden @ params["head"]["kernel"] + params["head"]["bias"]
+    np.testing.assert_allclose(logits, wanted, atol=0.03)  # the backbone rounds to bfloat16
+
+
+class Pair(nn.Module):
+    """A backbone whose pooled is the first pixel's channels, then the last one's."""
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        pair = jnp.concatenate([image[:, 0, 0], image[:, -1, -1]], -1)
+        return Features(maps=(image,), pooled=pair)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_distilled_logits_are_the_mean_of_both_heads_each_of_its_token(train):
+    model = DistilledClassifier(Pair(), 2)
+    one, two = np.array([[1, 0], [0, 2], [0, 0]]), np.array([[0, 0], [3, 0], [0, 5]])
+    params = {
+        "head": {"kernel": one.astype(np.float32), "bias": np.array([1.0, 0])},
+        "head_distilled": {"kernel": two.astype(np.float32), "bias": np.array([0, -1.0])},
+    }
+    shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), image())
+    assert jax.tree.map(jnp.shape, shapes["params"]) == jax.tree.map(jnp.shape, params)
+    logits = model.apply({"params": params}, image(), train=train)
+    first, last = np.asarray(image())[:, 0, 0], np.asarray(image())[:, -1, -1]
+    wanted = (first @ one + [1, 0] + last @ two + [0, -1]) / 2
+    np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [Classifier, DistilledClassifier])
+def test_a_head_without_classes_is_refused(kind):
     with pytest.raises(ValueError, match="num_classes=0 must be at least 1"):
-        Classifier(Means(), 0).init(jax.random.key(0), image(), train=False)
+        kind(Means(), 0).init(jax.random.key(0), image(), train=False)

@@ -10,7 +10,11 @@ import pytest
 from tests.golden import swin as golden
 from vit_jax.models import swin
 from vit_jax.models.swin import PatchMerging, Swin, SwinBlock
+from vit_jax.pretrained import names
+from vit_jax.pretrained.families.swin import HF
 
+# Less optimised code is compiled in half the time.
+quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 GOLDEN = Path(__file__).parents[1] / "golden" / "swin_tiny.npz"
 TINY = partial(Swin, width=8, depths=(2, 2), heads=(2, 4), window=2)
 
@@ -69,25 +73,25 @@ def test_named_sizes_have_the_published_number_of_parameters(name, size, paramet
     ]
 
 
+@pytest.fixture(scope="module")
+def published():
+    arrays = np.load(GOLDEN)
+    state = {k.removeprefix("state/"): arrays[k] for k in arrays if k.startswith("state/")}
+    model = Swin(golden.WIDTH, golden.DEPTHS, golden.HEADS, golden.WINDOW)
+    shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), image())
+    variables = names.read(HF, shapes, state)  # all of both sides, or an error
+    return model, jax.tree.map(lambda x: x.astype(np.float32), variables), arrays
+
+
 @pytest.mark.parametrize("case", range(len(golden.SIZES)), ids=[str(s) for s in golden.SIZES])
-def test_every_stage_equals_the_published_implementation(case):
-    arrays = np.load(GOLDEN)
-    state = {k.removeprefix("state/"): arrays[k] for k in arrays if k.startswith("state/")}
-    model = Swin(golden.WIDTH, golden.DEPTHS, golden.HEADS, golden.WINDOW)
+def test_every_stage_equals_the_published_implementation(published, case):
+    model, variables, arrays = published
     pixels = arrays[f"{case}/image"].astype(np.float32)
-    out = jax.jit(partial(model.apply, train=False))(golden.variables(state), pixels)
-    names = [f"{case}/map_{i}" for i in range(len(golden.DEPTHS))] + [f"{case}/pooled"]
-    for name, got in zip(names, [*out.maps, out.pooled], strict=True):
-        wanted = arrays[name]
+    out = quick(partial(model.apply, train=False))(variables, pixels)
+    keys = [f"{case}/map_{i}" for i in range(len(golden.DEPTHS))] + [f"{case}/pooled"]
+    for key, got in zip(keys, [*out.maps, out.pooled], strict=True):
+        wanted = arrays[key]
         chex.assert_trees_all_close(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
-
-
-def test_golden_weights_name_every_parameter():
-    arrays = np.load(GOLDEN)
-    state = {k.removeprefix("state/"): arrays[k] for k in arrays if k.startswith("state/")}
-    model = Swin(golden.WIDTH, golden.DEPTHS, golden.HEADS, golden.WINDOW)
-    wanted = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), image())
-    chex.assert_trees_all_equal_shapes_and_dtypes(golden.variables(state), wanted)
 
 
 def test_parameters_do_not_depend_on_the_image_size():
@@ -102,7 +106,7 @@ def block_and_reach(shifted):
     """Which pixels of an 8x12 map change when pixel (3, 5) does, with windows of 4."""
     block = SwinBlock(heads=2, window=4, shifted=shifted)
     x = image(shape=(1, 8, 12, 4))
-    apply = jax.jit(partial(block.apply, random_variables(block, x), train=False))
+    apply = quick(partial(block.apply, random_variables(block, x), train=False))
     change = apply(x.at[0, 3, 5, 0].add(1.0)) - apply(x)
     return np.asarray(jnp.abs(change).sum(-1)[0] > 0)
 
@@ -123,7 +127,7 @@ def test_a_map_no_larger_than_the_window_is_not_shifted():
     x = image(shape=(1, 3, 5, 4))
     variables = random_variables(SwinBlock(heads=2, window=3), x)
     regular, shifted = (
-        jax.jit(partial(SwinBlock(heads=2, window=3, shifted=s).apply, train=False))(variables, x)
+        quick(partial(SwinBlock(heads=2, window=3, shifted=s).apply, train=False))(variables, x)
         for s in (False, True)
     )
     chex.assert_trees_all_equal(regular, shifted)
@@ -144,7 +148,7 @@ def test_patch_merging_lays_columns_of_neighbours_side_by_side():
 
 def test_pooled_is_the_mean_of_the_normalised_last_map(tiny):
     model, variables = tiny
-    out = jax.jit(partial(model.apply, train=False))(variables, image())
+    out = quick(partial(model.apply, train=False))(variables, image())
     assert [m.shape for m in out.maps] == [(2, 5, 6, 8), (2, 3, 3, 16)]
     last = np.asarray(out.maps[-1])
     normal = (last - last.mean(-1, keepdims=True)) / np.sqrt(last.var(-1, keepdims=True) + 1e-5)
@@ -155,7 +159,7 @@ def test_pooled_is_the_mean_of_the_normalised_last_map(tiny):
 
 def test_an_image_does_not_depend_on_the_others_of_its_batch(tiny):
     model, variables = tiny
-    apply = jax.jit(partial(model.apply, train=False))
+    apply = quick(partial(model.apply, train=False))
     both = image()
     other = both.at[1].set(image(5)[1])
     chex.assert_trees_all_equal(
@@ -174,7 +178,7 @@ def test_scan_and_remat_change_neither_values_nor_gradients():
             out = small(**how).apply({"params": params}, x, train=False)
             return jnp.sin(out.maps[0]).sum() + jnp.sin(out.pooled).sum()
 
-        return jax.jit(jax.value_and_grad(loss))(params)
+        return quick(jax.value_and_grad(loss))(params)
 
     def stacked(params):  # one pair of blocks, with an axis in front
         return params | {"stage_1": {"blocks": jax.tree.map(lambda x: x[None], params["stage_1"])}}
@@ -192,8 +196,8 @@ def test_a_scanned_stage_runs_its_pairs_in_order():
     blocks = [params["stage_1"][f"block_{i}"] for i in range(4)]
     pairs = [{"block_0": blocks[i], "block_1": blocks[i + 1]} for i in (0, 2)]
     stage = {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs)}
-    wanted = jax.jit(partial(plain.apply, train=False))({"params": params}, x)
-    got = jax.jit(partial(plain.clone(scan=True).apply, train=False))(
+    wanted = quick(partial(plain.apply, train=False))({"params": params}, x)
+    got = quick(partial(plain.clone(scan=True).apply, train=False))(
         {"params": params | {"stage_1": stage}}, x
     )
     chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-5)
@@ -204,7 +208,7 @@ def test_drop_path_acts_in_training_only(scan):
     x = image()
     model = TINY(drop_path=0.5, scan=scan)
     variables = random_variables(model, x)
-    apply = jax.jit(model.apply, static_argnames="train")
+    apply = quick(model.apply, static_argnames="train")
     rngs = [{"dropout": jax.random.key(seed)} for seed in range(3)]
     still = [apply(variables, x, train=False, rngs=r).pooled for r in rngs]
     chex.assert_trees_all_equal(*still)
@@ -217,8 +221,8 @@ def test_bfloat16_computes_close_by_and_keeps_float32_parameters(tiny):
     half = TINY(dtype=jnp.bfloat16)
     shapes = jax.eval_shape(partial(half.init, train=False), jax.random.key(0), image())
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
-    out = jax.jit(partial(half.apply, train=False))(variables, image())
-    wanted = jax.jit(partial(model.apply, train=False))(variables, image())
+    out = quick(partial(half.apply, train=False))(variables, image())
+    wanted = quick(partial(model.apply, train=False))(variables, image())
     assert {leaf.dtype for leaf in jax.tree.leaves(out)} == {jnp.dtype("bfloat16")}
     chex.assert_trees_all_close(
         out.maps[-1].astype(jnp.float32), wanted.maps[-1], atol=0.1, rtol=0.05

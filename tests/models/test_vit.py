@@ -101,8 +101,12 @@ def test_backbones_alone_have_the_published_number_of_parameters(name, size, par
 def test_every_stage_equals_the_published_implementation(name, i):
     case, arrays = golden.CASES[name], np.load(GOLDEN / f"{name}.npz")
     pixels = arrays[f"{i}/image"].astype(np.float32)
-    apply = jax.jit(partial(golden_model(case).apply, train=False, capture_intermediates=True))
-    logits, state = apply(golden_variables(arrays), pixels)
+    recipe = golden.recipe(name, arrays)
+    assert recipe.backbone["pooling"] == case.pooling
+    model = golden.model_of(recipe)
+    params = golden.variables(recipe, shapes(model, *case.sizes[0])[1], arrays)
+    apply = jax.jit(partial(model.apply, train=False, capture_intermediates=True))
+    logits, state = apply(params, pixels)
     seen = state["intermediates"]["backbone"]
     compared = 0
     for path in (k.removeprefix(f"{i}/") for k in arrays if k.startswith(f"{i}/")):
@@ -118,31 +122,22 @@ def test_every_stage_equals_the_published_implementation(name, i):
     assert compared == 3 + golden.DEPTH + (0 if case.stem is None else max(len(case.stem), 1))
 
 
-def golden_model(case):
-    backbone = ViT(
-        patch=case.patch,
-        width=golden.WIDTH,
-        depth=golden.DEPTH,
-        heads=golden.HEADS,
-        image_size=case.sizes[0],
-        position_resize="bicubic",
-        stem=case.stem,
-        stem_width=golden.STEM_WIDTH,
-    )
-    return Classifier(backbone, golden.CLASSES)
-
-
-def golden_variables(arrays):
-    state = {k.removeprefix("state/"): arrays[k] for k in arrays if k.startswith("state/")}
-    return golden.variables(state)
-
-
-@pytest.mark.parametrize("name", golden.CASES)
-def test_golden_weights_name_every_parameter(name):
-    case = golden.CASES[name]
-    _, wanted = shapes(golden_model(case), *case.sizes[0])
-    got = golden_variables(np.load(GOLDEN / f"{name}.npz"))
-    chex.assert_trees_all_equal_shapes_and_dtypes(got, dict(wanted))
+@pytest.mark.parametrize(
+    ("name", "parameters", "with_registers"),
+    [
+        ("dinov2_s14", 22_056_192, 22_057_728),
+        ("dinov2_b14", 86_579_712, 86_582_784),
+        ("dinov2_l14", 304_367_616, 304_371_712),
+        ("dinov2_g14", 1_136_479_232, 1_136_485_376),
+    ],
+)
+def test_dinov2_has_the_published_number_of_parameters(name, parameters, with_registers):
+    for registers, wanted in ((0, parameters), (4, with_registers)):
+        model = getattr(vit, name)(registers=registers)
+        features, variables = shapes(model, 42, 56)
+        assert count(variables) == wanted
+        assert features.maps[0].shape == (1, 3, 4, model.width)  # no token among the patches
+        assert variables["params"]["position"]["grid"].shape[:2] == (37, 37)
 
 
 def test_the_map_is_in_reading_order_and_the_token_is_apart():
@@ -161,6 +156,65 @@ def test_the_map_is_in_reading_order_and_the_token_is_apart():
     chex.assert_trees_all_close(before[:, 6], place, rtol=1e-6)
     token = variables["params"]["class_token"][:, 0] + position["token"]
     chex.assert_trees_all_close(before[:, 0], np.broadcast_to(token, (2, 12)), rtol=1e-6)
+
+
+def test_each_pooling_reads_its_tokens():
+    found = {}
+    for pooling in vit.POOLINGS:
+        model = TINY(pooling=pooling, distilled=pooling == "token", registers=2)
+        variables = random_variables(model, 8, 12)
+        apply = quick(partial(model.apply, train=False, capture_intermediates=True))
+        features, state = apply(variables, image(8, 12))
+        state = state["intermediates"]
+        last, normal = state["block_1"]["__call__"][0], state["norm"]["__call__"][0]
+        found[pooling] = features.pooled
+        tokens = {"mean": 0, "token": 2, "tokens": 2}.get(pooling, 1)
+        assert last.shape == (2, tokens + 2 + 6, 12)  # two registers, six patches
+        assert features.maps[0].shape == (2, 2, 3, 12)
+        patches = features.maps[0].reshape(2, 6, 12)
+        if pooling == "mean_norm":  # only the mean is normalised
+            chex.assert_trees_all_equal(patches, last[:, -6:])
+            chex.assert_trees_all_equal(features.pooled, normal)
+            mean = np.asarray(patches.mean(1))
+            unit = (mean - mean.mean(-1, keepdims=True)) / mean.std(-1, keepdims=True)
+            norm = variables["params"]["norm"]
+            wanted = unit * norm["scale"][None] + norm["bias"][None]
+        else:
+            chex.assert_trees_all_equal(patches, normal[:, -6:])
+            parts = {
+                "token": [normal[:, 0]],
+                "mean": [patches.mean(1)],
+                "token+mean": [normal[:, 0], patches.mean(1)],
+                "tokens": [normal[:, 0], normal[:, 1]],
+            }[pooling]
+            wanted = jnp.concatenate(parts, -1)
+        chex.assert_trees_all_close(features.pooled, wanted, rtol=1e-4, atol=1e-4)
+    assert {k: v.shape[1] for k, v in found.items() if v.shape[1] != 12} == {
+        "token+mean": 24,
+        "tokens": 24,
+    }
+
+
+def test_registers_and_tokens_may_go_without_positions():
+    model = TINY(registers=3, class_position=False, distilled=True)
+    variables = random_variables(model, 8, 12)
+    params = variables["params"]
+    assert set(params["position"]) == {"grid"}
+    apply = quick(partial(model.apply, train=False, capture_intermediates=True))
+    before = apply(variables, image(8, 12))[1]["intermediates"]["dropout"]["__call__"][0]
+    names = ("class_token", "distillation_token", "register_token")
+    leading = np.concatenate([params[name] for name in names], 1)
+    assert leading.shape == (1, 5, 12)
+    chex.assert_trees_all_equal(before[:, :5], np.broadcast_to(leading, (2, 5, 12)))
+
+
+def test_sincos_positions_of_big_vision_end_at_the_lowest_frequency():
+    x, wanted = np.zeros((1, 4, 8, 3), np.float32), [0.0, 1e-4]  # sines of column 1: 1, 1e-4
+    model = TINY(positions="sincos_closed", pooling="mean", width=8, depth=1)
+    variables = jax.tree.map(np.zeros_like, random_variables(model, 4, 8))
+    apply = partial(model.apply, train=False, capture_intermediates=True)
+    before = quick(apply)(variables, x)[1]["intermediates"]["dropout"]["__call__"][0]
+    chex.assert_trees_all_close(before[0, :, 1], np.array(wanted, np.float32), rtol=1e-5)
 
 
 def test_mean_pooling_averages_the_map_and_has_no_token():
@@ -263,7 +317,13 @@ def test_bfloat16_computes_close_by_and_keeps_float32_parameters():
             r"image size 48x50 .*patch=3 on a map of 1/8 .*48x48 or 48x72",
         ),
         ({"heads": 5}, (8, 12), "heads=5 must divide the width 12"),
-        ({"pooling": "tokens"}, (8, 12), "pooling='tokens' does not exist.*'token'"),
+        ({"pooling": "toke"}, (8, 12), "pooling='toke' does not exist.*'token'"),
+        ({"feed_forward": "swglu"}, (8, 12), "feed_forward='swglu' does not exist.*'swiglu'"),
+        (
+            {"stem": (1,), "stem_width": 32, "patch": 1, "stem_source": "tim"},
+            (8, 12),
+            "stem_source='tim' does not exist.*'timm'",
+        ),
         ({"positions": "sin"}, (8, 12), "positions='sin' does not exist.*sincos"),
         ({"position_resize": "bicubik"}, (8, 12), "resize='bicubik' does not exist.*'bicubic'"),
         ({"activation": "gelo"}, (8, 12), "activation='gelo' does not exist.*'gelu'"),

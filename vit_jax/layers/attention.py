@@ -67,6 +67,10 @@ class Attention(nn.Module):
       heads: A.
       scale: of the logits; None is 1/sqrt(D/A). CvT divides by sqrt(D).
       qkv_bias: whether the three projections have a bias.
+      key_bias: whether the key's has one where the others do; it moves all logits of a query
+        alike, so BEiT and Swin V2 leave it out.
+      cosine: compares directions instead of products: Liu et al. 2022, "Swin Transformer V2"
+        (arXiv:2111.09883), eq. 2. Each head learns the logarithm of its scale, `logit_scale` [A].
       dropout: rate on the weights.
       dtype: of the computation; parameters stay float32.
     """
@@ -74,6 +78,8 @@ class Attention(nn.Module):
     heads: int
     scale: float | None = None
     qkv_bias: bool = True
+    key_bias: bool = True
+    cosine: bool = False
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
 
@@ -102,18 +108,25 @@ class Attention(nn.Module):
         def project(x: Array, name: str) -> jax.Array:
             x = Dense(
                 width,
-                use_bias=self.qkv_bias,
+                use_bias=self.qkv_bias and (self.key_bias or name != "key"),
                 dtype=self.dtype,
                 kernel_init=nn.initializers.xavier_uniform(),
                 name=name,
             )(x)
             return rearrange(x, "... n (a d) -> ... n a d", a=self.heads)
 
+        query, key = project(query, "query"), project(key, "key")
         scale = (width // self.heads) ** -0.5 if self.scale is None else self.scale
+        if self.cosine:
+            initial = nn.initializers.constant(jnp.log(10.0))
+            logarithm = self.param("logit_scale", initial, (self.heads,))
+            per_head = jnp.exp(jnp.minimum(logarithm, jnp.log(100.0)))[:, None]  # [A, 1]
+            query = _direction(query) * _lift(per_head, query)
+            key, scale = _direction(key), 1.0
         dropout = nn.Dropout(self.dropout, deterministic=not train) if self.dropout else None
         out, weights = attend(
-            project(query, "query"),
-            project(key, "key"),
+            query,
+            key,
             project(value, "value"),
             scale=scale,
             bias=bias,
@@ -125,3 +138,15 @@ class Attention(nn.Module):
         return Dense(
             width, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="out"
         )(out)
+
+
+def _direction(x: jax.Array) -> jax.Array:
+    """Vectors of length 1 along the last axis, in float32; a vector near 0 stays near 0."""
+    x = x.astype(jnp.float32)
+    length = jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
+    return x / length
+
+
+def _lift(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Leading axes of length 1, until the ranks agree."""
+    return x.reshape((1,) * (like.ndim - x.ndim) + x.shape)

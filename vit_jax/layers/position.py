@@ -25,13 +25,15 @@ def _cubic(a: float):
     return kernel
 
 
-# Four published answers to the same question, which differ by more than float noise: weights give
-# their published numbers at another resolution only with their own.
-RESIZERS = {  # name: kernel, antialias, align corners
-    "align_corners": (_triangle, False, True),
-    "bilinear": (_triangle, True, False),
-    "bicubic": (_cubic(-0.5), True, False),
-    "bicubic_torch": (_cubic(-0.75), False, False),
+# Published answers to the same question, which differ by more than float noise: weights give their
+# published numbers at another resolution only with their own.
+RESIZERS = {  # name: kernel, antialias, align corners, what is added to the target's size
+    "align_corners": (_triangle, False, True, 0.0),
+    "bilinear": (_triangle, True, False, 0.0),
+    "bilinear_torch": (_triangle, False, False, 0.0),
+    "bicubic": (_cubic(-0.5), True, False, 0.0),
+    "bicubic_torch": (_cubic(-0.75), False, False, 0.0),
+    "bicubic_dinov2": (_cubic(-0.75), False, False, 0.1),
 }
 
 
@@ -46,20 +48,23 @@ def resize_matrix(size: int, target: int, method: str) -> np.ndarray:
         `scipy.ndimage.zoom(order=1)`.
         `bilinear`, `bicubic`: entries are pixels with an extent, and shrinking averages over all
         of them: `jax.image.resize`, and PyTorch's with `antialias=True`; timm takes the latter.
+        `bilinear_torch`: PyTorch's without antialias: BEiT's tables in transformers.
         `bicubic_torch`: PyTorch's bicubic without antialias, another kernel (a = -0.75), which
-        CLIP, MAE and Swin's loader use.
+        CLIP, MAE, Swin's loader and transformers' ViT use.
+        `bicubic_dinov2`: that one, stretched as if the target had a tenth of an entry more: the
+        code that DINOv2 was published with.
 
     Raises:
       ValueError: on an unknown method, with the nearest one.
     """
     if method not in RESIZERS:
         raise ValueError(f"resize={method!r} does not exist.{nearest(method, RESIZERS)}")
-    kernel, antialias, corners = RESIZERS[method]
+    kernel, antialias, corners, more = RESIZERS[method]
     rows = np.arange(target)
     if corners:
         centre = rows * ((size - 1) / max(target - 1, 1))
     else:
-        centre = (rows + 0.5) * (size / target) - 0.5
+        centre = (rows + 0.5) * (size / (target + more)) - 0.5
     if antialias:
         wide = max(size / target, 1.0)
         matrix = kernel((centre[:, None] - np.arange(size)[None]) / wide)
@@ -125,18 +130,19 @@ class LearnedPositions(nn.Module):
         return jnp.concatenate([self.param("token", init, (self.tokens, self.width)), grid])
 
 
-def sincos_positions(height: int, width: int, channels: int) -> np.ndarray:
+def sincos_positions(height: int, width: int, channels: int, *, closed: bool = False) -> np.ndarray:
     """Fixed two-dimensional positions: Chen et al. 2021, "MoCo v3" (arXiv:2104.02057), section 5.
 
     Sines, then cosines, of the column, then of the row: [sin x, cos x, sin y, cos y], each at D / 4
     frequencies from 1 towards 1/10000. That is the order of MAE's published weights and of
-    big_vision (whose lowest frequency is 1/10000 itself); MoCo v3's own code, on a square image,
-    has the row first by a slip in its mesh grid, and so have its weights.
+    big_vision; MoCo v3's own code, on a square image, has the row first by a slip in its mesh grid,
+    and so have its weights.
 
     Args:
       height: h of the grid.
       width: w of the grid.
       channels: D.
+      closed: whether the lowest frequency is 1/10000 itself, as in big_vision.
 
     Returns:
       float32 [h * w, D], row by row.
@@ -146,7 +152,8 @@ def sincos_positions(height: int, width: int, channels: int) -> np.ndarray:
     """
     if channels % 4:
         raise ValueError(f"sin-cos positions need a width that 4 divides, not {channels}")
-    frequencies = 10_000.0 ** -(np.arange(channels // 4) / (channels // 4))
+    number = channels // 4
+    frequencies = 10_000.0 ** -(np.arange(number) / (max(number - 1, 1) if closed else number))
     y, x = np.divmod(np.arange(height * width), width)
     angles = [place[:, None] * frequencies[None] for place in (x, y)]  # each [h w, D/4]
     waves = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]

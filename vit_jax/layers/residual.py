@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vit_jax.contracts import Array
+from vit_jax.errors import nearest
 
 
 def convolve(x: Array, kernel: Array, stride: int = 1, padding: int | str = "SAME") -> jax.Array:
@@ -34,15 +35,23 @@ def convolve(x: Array, kernel: Array, stride: int = 1, padding: int | str = "SAM
     )
 
 
-def standardize(kernel: Array, epsilon: float = 1e-5) -> jax.Array:
+# Where the epsilon of standardised weights goes, and the group norms' own: weights of usual size
+# move by up to 1e-3 between the two.
+SOURCES = {  # name: epsilon on the deviation, epsilon on the variance, epsilon of the norms
+    "google": (1e-5, 0.0, 1e-6),
+    "timm": (0.0, 1e-8, 1e-5),
+}
+
+
+def standardize(kernel: Array, epsilon: float = 1e-5, inside: float = 0.0) -> jax.Array:
     """Mean 0 and deviation 1 of the weights behind each output: [k, k, C, D] -> [k, k, C, D].
 
-    Qiao et al. 2019 (arXiv:1903.10520), eq. 2, with Google's `epsilon` added to the deviation;
-    others add one to the variance, which moves weights of the usual size by up to 1e-3.
+    Qiao et al. 2019 (arXiv:1903.10520), eq. 2. Google adds `epsilon` to the deviation; timm adds
+    one to the variance, `inside` the root.
     """
     mean = kernel.mean((0, 1, 2), keepdims=True)
-    deviation = kernel.std((0, 1, 2), keepdims=True)
-    return (kernel - mean) / (deviation + epsilon)
+    variance = kernel.var((0, 1, 2), keepdims=True)
+    return (kernel - mean) / (jnp.sqrt(variance + inside) + epsilon)
 
 
 class StdConv(nn.Module):
@@ -53,6 +62,7 @@ class StdConv(nn.Module):
       kernel: side of the square kernel.
       stride: step between outputs, in pixels.
       padding: zeros on all sides, or "SAME".
+      source: whose epsilon, a name of `SOURCES`.
       dtype: of the convolution; weights are standardised in float32.
     """
 
@@ -60,6 +70,7 @@ class StdConv(nn.Module):
     kernel: int
     stride: int = 1
     padding: int | str = "SAME"
+    source: str = "google"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -67,7 +78,8 @@ class StdConv(nn.Module):
         """[B, H, W, C] -> [B, h, w, D]."""
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        return convolve(x.astype(self.dtype), standardize(kernel), self.stride, self.padding)
+        kernel = standardize(kernel, *SOURCES[self.source][:2])
+        return convolve(x.astype(self.dtype), kernel, self.stride, self.padding)
 
 
 class Bottleneck(nn.Module):
@@ -103,18 +115,51 @@ class Bottleneck(nn.Module):
         return nn.relu(shortcut + y)
 
 
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut: He et al. 2016, figure 5, of the shallow networks.
+    The last norm starts at 0, as in `Bottleneck`.
+
+    Attributes:
+      features: of both, and of what the block returns.
+      conv: makes a convolution from (features, kernel, stride, name=).
+      norm: makes a norm from (scale_init=, name=).
+      stride: of the first 3x3 and of the shortcut.
+    """
+
+    features: int
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array) -> jax.Array:
+        """[B, H, W, C] -> [B, h, w, features]."""
+        shortcut = x
+        if self.stride != 1 or x.shape[-1] != self.features:
+            shortcut = self.conv(self.features, 1, self.stride, name="shortcut_conv")(x)
+            shortcut = self.norm(name="shortcut_norm")(shortcut)
+        y = self.conv(self.features, 3, self.stride, name="conv1")(x)
+        y = nn.relu(self.norm(name="norm1")(y))
+        y = self.conv(self.features, 3, 1, name="conv2")(y)
+        y = self.norm(scale_init=nn.initializers.zeros, name="norm2")(y)
+        return nn.relu(shortcut + y)
+
+
 class ResidualStage(nn.Module):
-    """Bottlenecks in a row: He et al. 2016, table 1.
+    """Bottlenecks in a row, or other blocks: He et al. 2016, table 1.
 
     Parameters: `block_0`, `block_1`, ...
 
     Attributes:
-      features: of each bottleneck.
+      features: of each block.
       blocks: how many there are.
-      conv: makes a convolution from (features, kernel, stride, name=).
+      conv: makes a convolution from (features, kernel, stride, name=), and from dilation= where
+        that is not 1.
       norm: makes a norm from (scale_init=, name=).
       stride: of the first.
-      remat: recomputes each bottleneck's activations in the backward pass.
+      remat: recomputes each block's activations in the backward pass.
+      block: the class of the blocks.
+      dilation: of the convolutions in all blocks but the first.
     """
 
     features: int
@@ -123,14 +168,18 @@ class ResidualStage(nn.Module):
     norm: Callable[..., nn.Module]
     stride: int = 1
     remat: bool = False
+    block: type[nn.Module] = Bottleneck
+    dilation: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> jax.Array:
-        """[B, H, W, C] -> [B, h, w, 4 * features]."""
-        block = nn.remat(Bottleneck) if self.remat else Bottleneck
+        """[B, H, W, C] -> [B, h, w, 4 * features], or `features` with a `BasicBlock`."""
+        block = nn.remat(self.block) if self.remat else self.block
         for i in range(self.blocks):
-            stride = self.stride if i == 0 else 1
-            x = block(self.features, self.conv, self.norm, stride, name=f"block_{i}")(x)
+            stride, conv = (self.stride if i == 0 else 1), self.conv
+            if i > 0 and self.dilation != 1:
+                conv = partial(conv, dilation=self.dilation)
+            x = block(self.features, conv, self.norm, stride, name=f"block_{i}")(x)
         return x
 
 
@@ -145,12 +194,15 @@ class HybridStem(nn.Module):
     Attributes:
       sizes: bottlenecks of each stage; () is the root alone.
       width: features of the root; 32 groups must divide it.
+      source: whose epsilons, a name of `SOURCES`: "google" trained the published weights, "timm"
+        computes with its own.
       remat: recomputes each bottleneck's activations in the backward pass.
       dtype: of the computation; parameters stay float32.
     """
 
     sizes: Sequence[int]
     width: int = 64
+    source: str = "google"
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
@@ -166,7 +218,8 @@ class HybridStem(nn.Module):
         C is 4 * width with the first stage, twice that with each later one, width without any.
 
         Raises:
-          ValueError: if 32 groups do not divide `width`, or a stage has no bottleneck.
+          ValueError: if 32 groups do not divide `width`, a stage has no bottleneck, or there is no
+            such source.
         """
         if self.width % 32 or self.width < 32:
             raise ValueError(f"stem_width={self.width} must be a multiple of the 32 groups")
@@ -174,8 +227,12 @@ class HybridStem(nn.Module):
             raise ValueError(
                 f"stem={tuple(self.sizes)} must name at least one block for each stage"
             )
-        conv = partial(StdConv, dtype=self.dtype)
-        norm = partial(nn.GroupNorm, 32, epsilon=1e-6, dtype=self.dtype)
+        if self.source not in SOURCES:
+            raise ValueError(
+                f"stem_source={self.source!r} does not exist.{nearest(self.source, SOURCES)}"
+            )
+        conv = partial(StdConv, source=self.source, dtype=self.dtype)
+        norm = partial(nn.GroupNorm, 32, epsilon=SOURCES[self.source][2], dtype=self.dtype)
         x = nn.relu(norm(name="root_norm")(conv(self.width, 7, 2, name="root_conv")(x)))
         x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
         for i, blocks in enumerate(self.sizes):

@@ -70,33 +70,122 @@ class DropPath(nn.Module):
         return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
 
 
+class SwiGlu(nn.Module):
+    """An MLP whose hidden layer is gated: Shazeer 2020 (arXiv:2002.05202), eq. 6, with biases.
+
+    Attributes:
+      hidden: width between the layers of an `Mlp` with as many parameters: the three layers here
+        have two thirds of it between them, rounded up to a multiple of 8, as in DINOv2.
+      dropout: rate after each of the two steps.
+    """
+
+    hidden: int
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        width = (int(self.hidden * 2 / 3) + 7) // 8 * 8
+        dense = partial(Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        hidden = nn.silu(dense(width, name="gate")(x)) * dense(width, name="up")(x)
+        return drop(dense(x.shape[-1], name="down")(drop(hidden)))
+
+
+class LayerScale(nn.Module):
+    """A learned gain for each channel of a residual branch: Touvron et al. 2021, "CaiT"
+    (arXiv:2103.17239), section 2.
+
+    Attributes:
+      initial: of all gains.
+    """
+
+    initial: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        gamma = self.param("gamma", nn.initializers.constant(self.initial), (x.shape[-1],))
+        return jnp.einsum("...d,d->...d", x, gamma.astype(x.dtype))
+
+
+FEED_FORWARDS = ("mlp", "swiglu")
+
+
 class EncoderBlock(nn.Module):
-    """The pre-norm block of ViT: Dosovitskiy et al. 2021 (arXiv:2010.11929), eq. 2 and 3."""
+    """The pre-norm block of ViT: Dosovitskiy et al. 2021 (arXiv:2010.11929), eq. 2 and 3.
+
+    Attributes:
+      heads: A.
+      mlp_ratio: hidden width of the MLP over D.
+      feed_forward: "mlp", or "swiglu", `SwiGlu`.
+      activation: of the MLP; a gated one has its own.
+      epsilon: of the layer norms.
+      qkv_bias: whether query, key and value have a bias.
+      key_bias: whether the key has one where they do.
+      layer_scale: None, or what the gains on both branches start at: `LayerScale`.
+      dropout: rate after the attention and the MLP's layers.
+      attention_dropout: rate on the attention weights.
+      dtype: of the computation; parameters stay float32.
+    """
 
     heads: int
     mlp_ratio: float = 4.0
+    feed_forward: str = "mlp"
     activation: str = "gelu"
     epsilon: float = 1e-6
+    qkv_bias: bool = True
+    key_bias: bool = True
+    layer_scale: float | None = None
     dropout: float = 0.0
     attention_dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, drop_path: float | Array = 0.0, *, train: bool) -> jax.Array:
-        """[B, N, D] -> [B, N, D]; `drop_path` is this block's rate."""
+    def __call__(
+        self,
+        x: Array,
+        drop_path: float | Array = 0.0,
+        *,
+        bias: Array | None = None,
+        train: bool,
+    ) -> jax.Array:
+        """[B, N, D] -> [B, N, D].
+
+        Args:
+          x: the tokens.
+          drop_path: this block's rate.
+          bias: added to the attention's logits; broadcasts to [B, A, N, N].
+          train: whether dropout and drop path act.
+
+        Raises:
+          ValueError: if heads do not divide D, or a name does not exist.
+        """
+        if self.feed_forward not in FEED_FORWARDS:
+            name = self.feed_forward
+            raise ValueError(f"feed_forward={name!r} does not exist.{nearest(name, FEED_FORWARDS)}")
         norm = partial(nn.LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
         y = Attention(
-            self.heads, dropout=self.attention_dropout, dtype=self.dtype, name="attention"
-        )(norm(name="norm1")(x), train=train)
-        y = nn.Dropout(self.dropout, deterministic=not train)(y)
-        x = x + DropPath(name="drop_path1")(y, drop_path, train=train)
-        y = Mlp(
-            int(x.shape[-1] * self.mlp_ratio),
-            self.activation,
-            self.dropout,
+            self.heads,
+            qkv_bias=self.qkv_bias,
+            key_bias=self.key_bias,
+            dropout=self.attention_dropout,
             dtype=self.dtype,
-            name="mlp",
-        )(norm(name="norm2")(x), train=train)
+            name="attention",
+        )(norm(name="norm1")(x), bias=bias, train=train)
+        y = nn.Dropout(self.dropout, deterministic=not train)(y)
+        if self.layer_scale is not None:
+            y = LayerScale(self.layer_scale, name="layer_scale1")(y)
+        x = x + DropPath(name="drop_path1")(y, drop_path, train=train)
+        hidden = int(x.shape[-1] * self.mlp_ratio)
+        if self.feed_forward == "swiglu":
+            mlp = SwiGlu(hidden, self.dropout, dtype=self.dtype, name="mlp")
+        else:
+            mlp = Mlp(hidden, self.activation, self.dropout, dtype=self.dtype, name="mlp")
+        y = mlp(norm(name="norm2")(x), train=train)
+        if self.layer_scale is not None:
+            y = LayerScale(self.layer_scale, name="layer_scale2")(y)
         return x + DropPath(name="drop_path2")(y, drop_path, train=train)
 
 

@@ -59,34 +59,28 @@ class SwinBlock(nn.Module):
             nn.initializers.truncated_normal(0.02),
             ((2 * self.window - 1) ** 2, self.heads),
         )
-        height, width = x.shape[1:3]
-        window = min(self.window, height, width)
-        shift = self.window // 2 if self.shifted and min(height, width) > self.window else 0
-        x = _pad_to_multiple(x, window)
-        padded_height, padded_width = x.shape[1:3]
-        bias = windows.relative_bias(table, window)  # [A, N, N]
-        if shift:
-            x = jnp.roll(x, (-shift, -shift), (1, 2))
-            between = windows.shift_bias(padded_height, padded_width, window, shift)
-            bias = bias[None] + between[:, None]  # [n, A, N, N]
-        x = windows.partition(x, window)  # [B, n, N, C]
-        x = Attention(
+        smaller = min(x.shape[1:3])
+        window = min(self.window, smaller)
+        attention = Attention(
             self.heads, dropout=self.attention_dropout, dtype=self.dtype, name="attention"
-        )(x, bias=bias, train=train)
-        x = windows.reverse(x, window, padded_height, padded_width)
-        if shift:
-            x = jnp.roll(x, (shift, shift), (1, 2))
-        return x[:, :height, :width]
+        )
+        return windows.within(
+            partial(attention, train=train),
+            x,
+            windows.relative_bias(table, window),
+            window,
+            self.window // 2 if self.shifted and smaller > self.window else 0,
+        )
 
 
 class SwinPair(nn.Module):
     """A block with regular windows, `block_0`, and one with shifted ones, `block_1`.
 
     Attributes:
-      block: makes a `SwinBlock` from `shifted` and `name`.
+      block: makes a block from `shifted` and `name`.
     """
 
-    block: Callable[..., SwinBlock]
+    block: Callable[..., nn.Module]
 
     @nn.compact
     def __call__(self, x: Array, drop_path: Sequence[float] | Array, *, train: bool) -> jax.Array:
@@ -101,26 +95,30 @@ class PatchMerging(nn.Module):
     Four neighbours' channels are laid side by side in the published order (both rows of the left
     column, then of the right), normalised, and mixed without a bias. A side of odd length is
     padded with zeros at its end.
+
+    Attributes:
+      norm_last: normalises after the mixing, as Swin V2 does.
     """
 
+    norm_last: bool = False
     epsilon: float = 1e-5
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> jax.Array:
         """[B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), 2C]."""
-        width = x.shape[-1]
-        x = _pad_to_multiple(x, 2)
-        quarters = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        x = jnp.concatenate(quarters, -1)  # [B, H/2, W/2, 4C]
-        x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(x)
-        return Dense(
-            2 * width,
+        norm = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")
+        reduction = Dense(
+            2 * x.shape[-1],
             use_bias=False,
             dtype=self.dtype,
             kernel_init=nn.initializers.xavier_uniform(),
             name="reduction",
-        )(x)
+        )
+        x = windows.pad_to_multiple(x, 2)
+        quarters = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        x = jnp.concatenate(quarters, -1)  # [B, H/2, W/2, 4C]
+        return norm(reduction(x)) if self.norm_last else reduction(norm(x))
 
 
 class SwinStage(nn.Module):
@@ -128,25 +126,23 @@ class SwinStage(nn.Module):
 
     Attributes:
       rates: drop-path rate of each block.
-      block: makes a `SwinBlock` from `shifted` and `name`.
-      merge: whether the map is halved first.
+      block: makes a block from `shifted` and `name`.
+      merge: makes the patch merging from `name`; None leaves the map as large as it is.
       scan: compiles one pair of blocks and loops over it, where their number is even.
       remat: recomputes activations in the backward pass: of each block, or each scanned pair.
     """
 
     rates: tuple[float, ...]
-    block: Callable[..., SwinBlock]
-    merge: bool
+    block: Callable[..., nn.Module]
+    merge: Callable[..., nn.Module] | None
     scan: bool = False
     remat: bool = False
-    epsilon: float = 1e-5
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> jax.Array:
         """[B, H, W, C] -> [B, H, W, C], or [B, ceil(H / 2), ceil(W / 2), 2C] with `merge`."""
         if self.merge:
-            x = PatchMerging(self.epsilon, self.dtype, name="merge")(x)
+            x = self.merge(name="merge")(x)
         if self.scan and len(self.rates) % 2 == 0:
             pairs = list(zip(self.rates[::2], self.rates[1::2], strict=True))
             pair = partial(SwinPair, self.block)
@@ -220,55 +216,73 @@ class Swin(nn.Module):
         Raises:
           ValueError: if `depths` and `heads` differ in length, or heads do not divide a width.
         """
-        if len(self.depths) != len(self.heads):
-            raise ValueError(
-                f"heads={tuple(self.heads)} must name one number for each stage of "
-                f"depths={tuple(self.depths)}"
-            )
-        norm = partial(nn.LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
-        x = nn.Conv(
-            self.width,
-            (self.patch, self.patch),
-            (self.patch, self.patch),
-            padding="VALID",
+        block = partial(
+            SwinBlock,
+            window=self.window,
+            mlp_ratio=self.mlp_ratio,
+            activation=self.activation,
+            epsilon=self.epsilon,
+            dropout=self.dropout,
+            attention_dropout=self.attention_dropout,
             dtype=self.dtype,
-            name="embed",
-        )(_pad_to_multiple(image, self.patch))
-        x = norm(name="embed_norm")(x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        rates = drop_path_rates(self.drop_path, sum(self.depths))
-        maps = []
-        for i, (depth, heads) in enumerate(zip(self.depths, self.heads, strict=True)):
-            block = partial(
-                SwinBlock,
-                heads,
-                self.window,
-                mlp_ratio=self.mlp_ratio,
-                activation=self.activation,
-                epsilon=self.epsilon,
-                dropout=self.dropout,
-                attention_dropout=self.attention_dropout,
-                dtype=self.dtype,
-            )
-            first = sum(self.depths[:i])
-            x = SwinStage(
-                rates[first : first + depth],
-                block,
-                merge=i > 0,
-                scan=self.scan,
-                remat=self.remat,
-                epsilon=self.epsilon,
-                dtype=self.dtype,
-                name=f"stage_{i + 1}",
-            )(x, train=train)
-            maps.append(x)
-        pooled = norm(name="norm")(x).mean((1, 2))
-        return Features(maps=tuple(maps), pooled=pooled)
+        )
+        merge = partial(PatchMerging, epsilon=self.epsilon, dtype=self.dtype)
+        return pyramid(self, image, [block] * len(self.depths), merge, train=train)
 
 
-def _pad_to_multiple(x: Array, step: int) -> jax.Array:
-    """Zeros at the bottom and right, until `step` divides both sides: [B, H, W, C]."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % step), (0, -x.shape[2] % step), (0, 0)))
+def pyramid(
+    model: nn.Module,
+    image: Array,
+    blocks: Sequence[Callable[..., nn.Module]],
+    merge: Callable[..., nn.Module],
+    *,
+    train: bool,
+) -> Features:
+    """Patches, stages of blocks, a last normalisation: what both Swins are around their blocks.
+
+    Call it inside the compact method of a module with the fields of `Swin`.
+
+    Args:
+      model: that module.
+      image: [B, H, W, 3].
+      blocks: for each stage, what makes a block from `heads`, `shifted` and `name`.
+      merge: makes a patch merging from `name`.
+      train: whether dropout and drop path act.
+
+    Returns:
+      As `Swin`; ValueError if there is not one number of heads for each stage.
+    """
+    if len(model.depths) != len(model.heads):
+        raise ValueError(
+            f"heads={tuple(model.heads)} must name one number for each stage of "
+            f"depths={tuple(model.depths)}"
+        )
+    norm = partial(nn.LayerNorm, epsilon=model.epsilon, dtype=model.dtype)
+    x = nn.Conv(
+        model.width,
+        (model.patch, model.patch),
+        (model.patch, model.patch),
+        padding="VALID",
+        dtype=model.dtype,
+        name="embed",
+    )(windows.pad_to_multiple(image, model.patch))
+    x = norm(name="embed_norm")(x)
+    x = nn.Dropout(model.dropout, deterministic=not train)(x)
+    rates = drop_path_rates(model.drop_path, sum(model.depths))
+    maps = []
+    for i, (depth, heads) in enumerate(zip(model.depths, model.heads, strict=True)):
+        first = sum(model.depths[:i])
+        x = SwinStage(
+            rates[first : first + depth],
+            partial(blocks[i], heads=heads),
+            merge if i else None,
+            scan=model.scan,
+            remat=model.remat,
+            name=f"stage_{i + 1}",
+        )(x, train=train)
+        maps.append(x)
+    pooled = norm(name="norm")(x).mean((1, 2))
+    return Features(maps=tuple(maps), pooled=pooled)
 
 
 swin_t = partial(Swin, width=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24))

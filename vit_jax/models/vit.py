@@ -14,16 +14,25 @@ from vit_jax.layers.position import LearnedPositions, sincos_positions
 from vit_jax.layers.residual import HybridStem
 from vit_jax.layers.transformer import EncoderBlock, apply_blocks, drop_path_rates
 
+# What of the last block's output describes the image; see `ViT`.
+POOLINGS = ("token", "mean", "mean_norm", "token+mean", "tokens")
+POSITIONS = ("learned", "sincos", "sincos_closed")
+
 
 class ViT(nn.Module):
     """ViT as a backbone: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words"
     (arXiv:2010.11929), section 3.1 and table 1.
 
+    With other numbers it is DeiT (Touvron et al. 2021, arXiv:2012.12877) and the encoder of MAE (He
+    et al. 2022, arXiv:2111.06377); with layer scale, DeiT III (arXiv:2204.07118) and DINOv2 (Oquab
+    et al. 2023, arXiv:2304.07193); with registers, Darcet et al. 2024 (arXiv:2309.16588).
+
     An image may have any size that the patch divides. Where that is not `image_size`, learned
     positions are resampled (section 3.2), and fixed ones are those of the new grid.
 
-    Parameters: `stem` in a hybrid, `embed`, `class_token` with token pooling, `position` where it
-    is learned, `block_0`, `block_1`, ... (with `scan` one `blocks` with a leading axis), `norm`.
+    Parameters: `stem` in a hybrid, `embed`, `class_token` unless the pooling is "mean",
+    `distillation_token`, `register_token`, `position` where it is learned, `block_0`, `block_1`,
+    ... (with `scan` one `blocks` with a leading axis), `norm`.
 
     Attributes:
       patch: side of a patch, in pixels of the image, or of the CNN's map in a hybrid.
@@ -31,22 +40,38 @@ class ViT(nn.Module):
       depth: number of blocks.
       heads: attention heads of each block.
       mlp_ratio: hidden width of the MLPs over D.
-      pooling: "token", a class token; "mean", the mean of all normalised patches and no class
-        token, as in Beyer et al. 2022 (arXiv:2205.01580).
-      positions: "learned", or "sincos", `layers.position.sincos_positions`; a class token has no
-        fixed position.
+      pooling: what describes the image.
+        "token": the normalised class token.
+        "mean": the mean of the normalised patches, without a class token, as in Beyer et al. 2022
+        (arXiv:2205.01580).
+        "mean_norm": the mean of the patches as they leave the last block, then normalised; the
+        class token only takes part. MAE's fine-tuning, and `fc_norm` in timm.
+        "token+mean": the normalised class token and the mean of the normalised patches, side by
+        side: DINOv2's classifier in transformers.
+        "tokens": the normalised class and distillation token, side by side: DeiT.
+      distilled: whether a distillation token follows the class token: Touvron et al. 2021, section
+        4; always with pooling "tokens".
+      registers: how many tokens without a position lie between those and the patches.
+      positions: "learned"; "sincos", `layers.position.sincos_positions`; or "sincos_closed", with
+        the frequencies of big_vision. A class token has no fixed position.
+      class_position: whether class and distillation token have learned positions too; in DeiT III,
+        and in timm's DINOv2 with registers, they have none.
       image_size: side or (H, W), in pixels, that learned positions are made for.
       position_resize: how learned positions are resampled, a name of `layers.position.RESIZERS`;
         the default is that of Google's fine-tuning.
+      feed_forward: "mlp", or "swiglu", `layers.transformer.SwiGlu`: DINOv2's giant.
       activation: of the MLPs, a name of `layers.transformer.ACTIVATIONS`. Google's weights are
         trained with `gelu_tanh`; ports of them to PyTorch compute `gelu`.
       epsilon: of the layer norms.
+      qkv_bias: whether query, key and value have a bias.
+      layer_scale: None, or what the gains of `layers.transformer.LayerScale` start at.
       drop_path: rate of the last block; the first has 0, on a line between.
       dropout: rate after the positions, the attentions and the MLPs' layers.
       attention_dropout: rate on the attention weights.
       stem: None, or a hybrid's CNN as the number of bottlenecks in each stage; () is its root
         alone. See `layers.residual.HybridStem`.
       stem_width: features of the CNN's root.
+      stem_source: whose epsilons the CNN has, a name of `layers.residual.SOURCES`.
       dtype: of the computation; parameters stay float32.
       scan: compiles one block and loops over it.
       remat: recomputes each block's activations in the backward pass instead of keeping them.
@@ -58,33 +83,41 @@ class ViT(nn.Module):
     heads: int = 12
     mlp_ratio: float = 4.0
     pooling: str = "token"
+    distilled: bool = False
+    registers: int = 0
     positions: str = "learned"
+    class_position: bool = True
     image_size: int | tuple[int, int] = 224
     position_resize: str = "align_corners"
+    feed_forward: str = "mlp"
     activation: str = "gelu"
     epsilon: float = 1e-6
+    qkv_bias: bool = True
+    layer_scale: float | None = None
     drop_path: float = 0.0
     dropout: float = 0.0
     attention_dropout: float = 0.0
     stem: tuple[int, ...] | None = None
     stem_width: int = 64
+    stem_source: str = "google"
     dtype: jnp.dtype = jnp.float32
     scan: bool = False
     remat: bool = False
 
     @nn.compact
     def __call__(self, image: Array, *, train: bool) -> Features:
-        """[B, H, W, 3] -> the normalised patches as a map, and a description.
+        """[B, H, W, 3] -> the patches as a map, and a description.
 
         Returns:
-          `maps`: one map [B, h, w, D]; h = H / patch, or H over patch and the CNN's stride.
-          `pooled`: [B, D], the normalised class token or the mean of the map.
+          `maps`: one map [B, h, w, D]; h = H / patch, or H over patch and the CNN's stride. It is
+            normalised, but not with pooling "mean_norm", whose norm knows means only.
+          `pooled`: [B, D], or [B, 2D] with pooling "token+mean" and "tokens".
 
         Raises:
           ValueError: if the patch does not divide the image or `image_size`, if heads do not
             divide the width, or if a name does not exist.
         """
-        for name, valid in (("pooling", ("token", "mean")), ("positions", ("learned", "sincos"))):
+        for name, valid in (("pooling", POOLINGS), ("positions", POSITIONS)):
             value = getattr(self, name)
             if value not in valid:
                 raise ValueError(f"{name}={value!r} does not exist.{nearest(value, valid)}")
@@ -92,48 +125,78 @@ class ViT(nn.Module):
         size = grid_size(*image.shape[1:3], self.patch, stride)
         x = image
         if self.stem is not None:
-            x = HybridStem(self.stem, self.stem_width, self.remat, self.dtype, name="stem")(x)
+            x = HybridStem(
+                self.stem,
+                self.stem_width,
+                self.stem_source,
+                self.remat,
+                self.dtype,
+                name="stem",
+            )(x)
         x = PatchEmbed(self.width, self.patch, self.dtype, name="embed")(x)  # [B, h, w, D]
         x = rearrange(x, "b h w d -> b (h w) d")
 
-        tokens = int(self.pooling == "token")
-        if tokens:
-            token = self.param("class_token", nn.initializers.zeros, (1, 1, self.width))
-            token = jnp.broadcast_to(token.astype(x.dtype), (len(x), 1, self.width))
-            x = jnp.concatenate([token, x], 1)  # [B, 1 + h w, D]
-        x = x + self._positions(size, stride, tokens).astype(x.dtype)[None]
+        names = [] if self.pooling == "mean" else ["class_token"]
+        if self.distilled or self.pooling == "tokens":
+            names.append("distillation_token")
+        tokens = [self._token(name, 1, x) for name in names]
+        x = jnp.concatenate([*tokens, x], 1)  # [B, tokens + h w, D]
+        x = x + self._positions(size, stride, len(tokens)).astype(x.dtype)[None]
+        leading = len(tokens) + self.registers
+        if self.registers:
+            registers = self._token("register_token", self.registers, x)
+            x = jnp.concatenate([x[:, : len(tokens)], registers, x[:, len(tokens) :]], 1)
         x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
 
         block = partial(
             EncoderBlock,
             self.heads,
             mlp_ratio=self.mlp_ratio,
+            feed_forward=self.feed_forward,
             activation=self.activation,
             epsilon=self.epsilon,
+            qkv_bias=self.qkv_bias,
+            layer_scale=self.layer_scale,
             dropout=self.dropout,
             attention_dropout=self.attention_dropout,
             dtype=self.dtype,
         )
         rates = drop_path_rates(self.drop_path, self.depth)
         x = apply_blocks(block, x, rates, scan=self.scan, remat=self.remat, train=train)
-        x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(x)
-        patches = x[:, tokens:]
-        pooled = x[:, 0] if tokens else patches.mean(1)
+        norm = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")
+        if self.pooling == "mean_norm":
+            patches = x[:, leading:]
+            pooled = norm(patches.mean(1))
+        else:
+            x = norm(x)
+            patches = x[:, leading:]
+            pooled = {
+                "token": lambda: x[:, 0],
+                "mean": lambda: patches.mean(1),
+                "token+mean": lambda: jnp.concatenate([x[:, 0], patches.mean(1)], -1),
+                "tokens": lambda: jnp.concatenate([x[:, 0], x[:, 1]], -1),
+            }[self.pooling]()
         grid = rearrange(patches, "b (h w) d -> b h w d", h=size[0])
         return Features(maps=(grid,), pooled=pooled)
 
+    def _token(self, name: str, number: int, x: jax.Array) -> jax.Array:
+        """Learned tokens for each image of `x`: [B, number, D]."""
+        token = self.param(name, nn.initializers.zeros, (1, number, self.width))
+        return jnp.broadcast_to(token.astype(x.dtype), (len(x), number, self.width))
+
     def _positions(self, size: tuple[int, int], stride: int, tokens: int) -> jax.Array:
         """[tokens + h * w, D] for a grid of `size` (h, w)."""
-        if self.positions == "sincos":
-            fixed = jnp.asarray(sincos_positions(*size, self.width))
+        if self.positions != "learned":
+            closed = self.positions == "sincos_closed"
+            fixed = jnp.asarray(sincos_positions(*size, self.width, closed=closed))
             return jnp.pad(fixed, ((tokens, 0), (0, 0)))
         made_for = self.image_size
         if isinstance(made_for, int):
             made_for = (made_for, made_for)
         grid = grid_size(*made_for, self.patch, stride)
-        return LearnedPositions(grid, self.width, tokens, self.position_resize, name="position")(
-            size
-        )
+        placed = tokens if self.class_position else 0
+        learned = LearnedPositions(grid, self.width, placed, self.position_resize, name="position")
+        return jnp.pad(learned(size), ((tokens - placed, 0), (0, 0)))
 
 
 vit_ti16 = partial(ViT, patch=16, width=192, depth=12, heads=3)
@@ -152,3 +215,11 @@ vit_r_ti16 = partial(ViT, stem=(), patch=8, width=192, depth=12, heads=3)
 vit_r26_s32 = partial(ViT, stem=(2, 2, 2, 2), patch=1, width=384, depth=12, heads=6)
 vit_r50_b16 = partial(ViT, stem=(3, 4, 9), patch=1, width=768, depth=12, heads=12)
 vit_r50_l32 = partial(ViT, stem=(3, 4, 6, 3), patch=1, width=1024, depth=24, heads=16)
+
+# DINOv2 is published for images of 518 pixels, and its code resamples positions in its own way;
+# `registers=4` with `position_resize="bicubic"` is the version with registers.
+_dinov2 = partial(ViT, patch=14, image_size=518, layer_scale=1e-5, position_resize="bicubic_dinov2")
+dinov2_s14 = partial(_dinov2, width=384, depth=12, heads=6)
+dinov2_b14 = partial(_dinov2, width=768, depth=12, heads=12)
+dinov2_l14 = partial(_dinov2, width=1024, depth=24, heads=16)
+dinov2_g14 = partial(_dinov2, width=1536, depth=40, heads=24, feed_forward="swiglu")
