@@ -30,6 +30,9 @@ def base() -> ConfigDict:
     config.accumulate = 1  # parts of a batch, one after the other: less memory, same update
     config.ema = 0.0  # decay of the running mean of the parameters
     config.image_size = 32
+    # A checkpoint to start from: hf:OWNER/NAME, a file, a folder or a run; "" starts anew.
+    config.init = ""
+    config.init_skip = ""  # pattern of parameter names that start anew all the same
     config.dtype = "float32"  # of the computation; parameters are always float32
     config.schedule = ConfigDict(
         {
@@ -142,6 +145,36 @@ def folder(config: ConfigDict, image_size: int) -> None:
         standardize(IMAGENET),
     )
     config.eval.transforms = (step("ResizeCenterCrop", size=size), standardize(IMAGENET))
+
+
+def finetune(config: ConfigDict) -> None:
+    """Pictures of one's own, and the model, its weights and its preprocessing from `init`."""
+    folder(config, image_size=224)
+    size = config.get_ref("image_size")
+    config.train.transforms = (
+        step("RandomResizedCrop", size=size, scale=(0.35, 1.0), interpolation="bicubic"),
+        step("RandomFlip"),
+        ConfigDict({"target": "init.standardize"}),
+    )
+    config.eval.transforms = (ConfigDict({"target": "init.preprocessing"}),)
+    with config.unlocked():
+        config.model = ConfigDict(
+            {
+                "target": "models.classifier.Classifier",
+                "num_classes": 0,
+                "dtype": config.get_ref("dtype"),
+                "backbone": {
+                    "target": "init.backbone",
+                    "image_size": size,
+                    "drop_path": 0.0,
+                    "dropout": 0.0,
+                    "attention_dropout": 0.0,
+                    "dtype": config.get_ref("dtype"),
+                    "scan": False,
+                    "remat": False,
+                },
+            }
+        )
 
 
 def cifar10(config: ConfigDict) -> None:

@@ -4,6 +4,9 @@
     python -m vit_jax.main --config=configs/vit.py:cifar10    10 epochs of CIFAR-10
     python -m vit_jax.main --config=configs/vit.py:folder --config.data.data_dir=my_pictures
     python -m vit_jax.main --config=configs/vit.py:imagenet   S/16 of Beyer et al. 2022
+    python -m vit_jax.main --config=configs/vit.py:finetune --config.data.data_dir=my_pictures \
+        --config.init=hf:google/vit-base-patch16-224-in21k    any checkpoint, on one's own pictures
+    python -m vit_jax.main --config=configs/vit.py:probe ...  the same, and only the head learns
 
 Numbers: README.md and experiments/cifar10. ImageNet: 76.5 % after 90 epochs in Beyer et al. 2022
 (arXiv:2205.01580, table 1); ours not run.
@@ -13,12 +16,14 @@ from configs import common
 
 
 def get_config(recipe: str = "digits"):
-    """The config of a recipe: digits, folder, cifar10, imagenet or tiny."""
+    """The config of a recipe: digits, folder, finetune, probe, cifar10, imagenet or tiny."""
     return common.choose(
         recipe,
         {
             "digits": digits,
             "folder": folder,
+            "finetune": finetune,
+            "probe": probe,
             "cifar10": cifar10,
             "imagenet": imagenet,
             "tiny": tiny,
@@ -88,6 +93,27 @@ def folder(config):
     config.epochs, config.batch_size, config.learning_rate = 30.0, 32, 1e-3
     config.schedule.warmup_epochs = 2.0
     config.task.label_smoothing = 0.1
+
+
+def finetune(config):
+    """From the checkpoint of `init`, of any architecture: lower layers learn slower.
+
+    Layer-wise decay of learning rates as in Clark et al. 2020 (arXiv:2003.10555) and Bao et al.
+    2021 (arXiv:2106.08254).
+    """
+    common.finetune(config)
+    config.epochs, config.batch_size, config.learning_rate = 10.0, 32, 3e-4
+    config.schedule.warmup_epochs = 1.0
+    config.optimizer.layer_decay = 0.75
+    config.task.label_smoothing = 0.1
+
+
+def probe(config):
+    """A linear probe: the backbone stays as it is, its head learns."""
+    common.finetune(config)
+    config.epochs, config.batch_size, config.learning_rate = 10.0, 32, 1e-2
+    config.optimizer.freeze = "^backbone/"
+    config.optimizer.weight_decay = 0.0
 
 
 def imagenet(config):

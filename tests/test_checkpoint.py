@@ -1,12 +1,13 @@
 import os
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax import mesh
+from vit_jax import checkpoint, mesh
 from vit_jax.checkpoint import Checkpoints, digest
 from vit_jax.errors import CheckpointError
 
@@ -129,3 +130,55 @@ def test_the_digest_does_not_depend_on_the_mesh_but_on_every_bit():
     flipped = {"a": x["a"].copy(), "b": x["b"]}
     flipped["a"].view(np.uint32)[3, 1] ^= 1
     assert len({tuple(digest(t)) for t in (x, swapped, flipped)}) == 3
+
+
+@flax.struct.dataclass
+class Whole:
+    """As a run saves it."""
+
+    step: jax.Array
+    params: dict
+    model_state: dict
+    opt_state: tuple
+    ema: dict
+
+
+def whole(value, ema):
+    params = {"head": {"kernel": jnp.full((3, 4), float(value)), "bias": jnp.arange(4.0)}}
+    stats = {"batch_stats": {"mean": jnp.full(3, value + 0.5)}}
+    mean = {"params": jax.tree.map(lambda x: x + 1, params), **stats} if ema else {}
+    return Whole(jnp.int32(value), params, stats, ({"mu": params},), mean)
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_reader_gets_the_best_without_the_optimizer(checkpoints, ema):
+    for step, rank in [(1, 0.5), (2, 0.9), (3, 0.7)]:
+        checkpoints.save(step, whole(step, ema), rank=rank)
+    checkpoints.wait()
+    saved = checkpoint.read(checkpoints.folder.parent)
+    want = whole(2, ema)
+    assert saved.step == 2
+    chex.assert_trees_all_equal(saved.params, want.params)
+    chex.assert_trees_all_equal(saved.model_state, want.model_state)
+    chex.assert_trees_all_equal(saved.ema, want.ema)
+
+
+def test_a_reader_passes_over_what_is_damaged_and_changes_nothing(checkpoints):
+    for step in (1, 2):
+        checkpoints.save(step, whole(step, ema=True), rank=float(step))
+    checkpoints.wait()
+    seal = checkpoints.folder / "2" / "seal" / "metadata"
+    text = seal.read_text()
+    number = str(digest(whole(2, ema=True))[-1])
+    seal.write_text(text.replace(number, str(int(number) ^ 1)))
+    before = sorted(checkpoints.folder.rglob("*"))
+    assert checkpoint.read(checkpoints.folder.parent).step == 1
+    assert sorted(checkpoints.folder.rglob("*")) == before
+    (checkpoints.folder / "1" / "state" / "_METADATA").write_text("{")
+    with pytest.raises(CheckpointError, match=r"no checkpoint that can be read: 2: .*; 1: "):
+        checkpoint.read(checkpoints.folder.parent)
+
+
+def test_a_folder_without_checkpoints_says_so(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no checkpoints"):
+        checkpoint.read(tmp_path)

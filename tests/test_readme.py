@@ -1,6 +1,8 @@
 """Law 6: every command in README.md and docs/ is executed, shortened to a few steps."""
 
+import importlib
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +12,10 @@ import pytest
 
 from vit_jax import main
 from vit_jax.models import swin
+from vit_jax.pretrained import hf
 
 ROOT = Path(__file__).parent.parent
+TINY = Path(__file__).parent / "golden" / "hf_vit_tiny"  # stands in for what the Hub holds
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A line's own values come first, so that they are executed too; what makes it short comes last.
 SHORT = ["--config.steps=1", "--config.batch_size=4", "--config.eval_every=1"]
@@ -34,11 +38,19 @@ def commands():
     return [line for line in dict.fromkeys(lines) if line]
 
 
-PROGRAM = "python -m vit_jax.main "
+PROGRAM = re.compile(r"python -m vit_jax\.(\w+) ")
+FINETUNED = "runs/vit-finetune"  # what some commands start from
 
 
 def test_every_command_is_of_a_kind_that_is_executed_here():
-    known = (PROGRAM, "make ", "source .venv/bin/activate", "pip install -e", "git clone", "cd ")
+    known = (
+        "python -m vit_jax.",
+        "make ",
+        "source .venv/bin/activate",
+        "pip install -e",
+        "git clone",
+        "cd ",
+    )
     assert commands()
     for line in commands():
         assert line.startswith(known), line
@@ -64,28 +76,41 @@ def folder(tmp_path_factory):
 
 
 def shortened(line):
-    """A command of the documents as arguments for a run of seconds."""
-    argv = line.removeprefix(PROGRAM).split()
+    """A command of the documents as the arguments of a run of seconds."""
+    argv = PROGRAM.sub("", line).split()
     spec = next((a for a in argv if a.startswith("--config=")), "")
     if not spec:
         return argv
     name, _, recipe = Path(spec.removeprefix("--config=")).name.partition(":")
-    small = [] if recipe == "imagenet" else SMALL[name.removesuffix(".py")]
+    small = SMALL[name.removesuffix(".py")]
+    if recipe == "imagenet":
+        small = []
+    if recipe in ("finetune", "probe"):  # the model is the checkpoint's
+        small = ["--config.image_size=32"]
     if recipe in ("cifar10", "imagenet"):  # real ones are downloaded: digits stand in for them
         argv = [a for a in argv if "data_dir" not in a]
         argv += ["--config.data.name=digits", "--config.image_size=32"]
     return [*argv, *SHORT, *small]
 
 
-@pytest.mark.parametrize("line", [c for c in commands() if c.startswith(PROGRAM)])
+@pytest.mark.parametrize("line", [c for c in commands() if PROGRAM.match(c)])
 def test_a_command_of_the_documents_runs(line, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(swin, "swin_t", partial(swin.Swin, width=8, depths=(1, 1), heads=(1, 2)))
-    assert main.main(shortened(line)) == 0, capsys.readouterr().err
+    monkeypatch.setattr(hf, "download", lambda repository: TINY)
+    if FINETUNED in line and not Path(FINETUNED).exists():
+        before = next(c for c in commands() if ":finetune" in c and PROGRAM.match(c))
+        assert main.main(shortened(before)) == 0, capsys.readouterr().err
+    for word in line.split():  # a test may be run twice
+        if word.startswith("--output=") and Path(word[9:]).is_dir():
+            shutil.rmtree(word[9:])
+    command = importlib.import_module(f"vit_jax.{PROGRAM.match(line)[1]}")
+    assert command.main(shortened(line)) == 0, capsys.readouterr().err
 
 
 def test_the_python_of_the_documents_runs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hf, "download", lambda repository: TINY)
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {})
 

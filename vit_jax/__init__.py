@@ -1,4 +1,4 @@
-"""Vision transformers in JAX: `list_models`, `create`; everything else is in the modules.
+"""Vision transformers in JAX: `list_models`, `create`, `load`; the rest is in the modules.
 
 >>> import jax, vit_jax
 >>> vit_jax.list_models("*cvt*")
@@ -56,3 +56,30 @@ def create(name: str, num_classes: int = 1000, **backbone: Any):
             **dtype,
         }
     )
+
+
+def load(ref: str, **options: Any):
+    """A published checkpoint, or a run of one's own, by one string.
+
+    >>> model = vit_jax.load("hf:google/vit-base-patch16-224")  # doctest: +SKIP
+    >>> logits = model(image=model.preprocess(["cat.jpg"]))  # doctest: +SKIP
+    >>> model.labels[int(logits[0].argmax())]  # doctest: +SKIP
+    'Egyptian cat'
+
+    Args:
+      ref: `hf:OWNER/NAME[@REVISION]` on the Hugging Face Hub; a folder with config.json and
+        model.safetensors; a Google `.npz`; a `.safetensors` or `.pth` of timm or the authors; a
+        run folder of `vit_jax.main`.
+      **options: `dtype`, `image_size` and fields of the backbone: `vit_jax.pretrained.load.load`.
+
+    Returns:
+      A `vit_jax.pretrained.load.Loaded`: `module`, `variables`, `preprocess`, `labels`, `source`;
+      called as `loaded(image=...)` it gives logits [B, K], or `Features` without a head.
+
+    Raises:
+      CheckpointError: if it does not exist, is damaged, or does not fit, in one sentence.
+      ConfigError: if an option does not exist.
+    """
+    from vit_jax.pretrained import load as opening
+
+    return opening.load(ref, **options)

@@ -4,11 +4,13 @@ Orbax writes atomically but keeps no checksum of arrays and never falls back, so
 carries a digest of its state, and `restore` goes back to the newest one whose digest agrees.
 """
 
+import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ class Checkpoints:
         self.failure = ""
         self.warn = warn
         self._keep = (keep_last, keep_best)
+        self._writing: int | None = None  # the step that was saved last
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -96,6 +99,7 @@ class Checkpoints:
                 state=ocp.args.StandardSave(state),
                 seal=ocp.args.JsonSave({"step": step, "digest": digest(state)}),
             )
+            self._writing = step
             self._manager.save(step, args=args, metrics=metrics, force=True)
             self.failure = ""
         except Exception as error:  # Orbax raises many types, also those of the save before
@@ -108,7 +112,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
-            self._failed(self._manager.latest_step(), error)
+            self._failed(self._writing, error)
         return not self.failure
 
     def _failed(self, step: int | None, error: Exception) -> None:
@@ -196,6 +200,99 @@ class Checkpoints:
         finished = self.wait()
         self._close()
         return finished
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What of a checkpoint a trained model needs, without the optimizer; numpy arrays.
+
+    Attributes:
+      step: when it was saved.
+      params: the learned arrays.
+      model_state: collections such as `batch_stats`.
+      ema: running mean of {"params", **model_state}; empty where the run kept none.
+    """
+
+    step: int
+    params: Tree
+    model_state: Tree
+    ema: Tree
+
+
+def read(workdir: str | Path) -> Saved:
+    """The best checkpoint of a run that can be read, else the newest; nothing is changed.
+
+    The run may still be going on. A damaged checkpoint is passed over.
+
+    Raises:
+      CheckpointError: if there is none.
+    """
+    folder = Path(workdir).absolute() / "checkpoints"
+    if not folder.is_dir():
+        raise CheckpointError(f"{workdir} holds no checkpoints")
+    reasons = []
+    with _without_remarks(), _reading(folder) as manager:
+        ranks = {step: (manager.metrics(step) or {}).get("rank") for step in manager.all_steps()}
+        ranked = sorted((rank, step) for step, rank in ranks.items() if rank is not None)
+        order = [step for _, step in ranked[::-1]] + sorted(ranks, reverse=True)
+        with _without_stray_errors():
+            for step in dict.fromkeys(order):
+                try:
+                    return _read_one(manager, step)
+                except Exception as error:  # Orbax raises at least seven types on damaged files
+                    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                    reasons.append(f"{step}: {reason[:200]}")
+    told = f": {'; '.join(reasons)}" if reasons else ""
+    raise CheckpointError(f"{workdir} holds no checkpoint that can be read{told}")
+
+
+def _reading(folder: Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+        read_only=True,
+        create=False,
+        save_interval_steps=0,
+        best_fn=lambda metrics: metrics["rank"],
+    )
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "seal": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Keeps to itself that Orbax warns of a folder that is only to be read."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _read_one(manager: ocp.CheckpointManager, step: int) -> Saved:
+    saved = manager.item_metadata(step)["state"]
+    target = {
+        part: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), saved[part])
+        for part in ("params", "model_state", "ema")
+        if saved.get(part)
+    }
+    restore = ocp.args.PyTreeRestore(
+        item=target,
+        restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target),
+        partial_restore=True,
+    )
+    args = ocp.args.Composite(state=restore, seal=ocp.args.JsonRestore())
+    out = manager.restore(step, args=args)
+    state, seal = out["state"], out["seal"]
+    parts = {part: state.get(part, {}) for part in ("params", "model_state", "ema")}
+    # The digests lie in the order of TrainState: step, params, model state, optimizer, mean.
+    found = {part: digest(tree) for part, tree in parts.items()}
+    front = found["params"] + found["model_state"]
+    back = found["ema"]
+    wanted = seal["digest"][1 : 1 + len(front)], seal["digest"][len(seal["digest"]) - len(back) :]
+    if (front, back) != wanted:
+        raise OSError("its digest differs from its content")
+    return Saved(step, **parts)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import numpy as np
 from vit_jax import cost, mesh, pictures
 from vit_jax.report import Report
 from vit_jax.run import set_up
-from vit_jax.train import describe, memory_errors
+from vit_jax.train import describe
 
 TIMED_STEPS = 3
 
@@ -39,7 +39,7 @@ def dry_run(config: dict[str, Any], workdir: str | Path) -> Path:
         )
         report.say(f"the first batch, as the model sees it: {picture}")
         began = time.monotonic()
-        with memory_errors(config["batch_size"]):
+        with mesh.memory_errors(config["batch_size"]):
             train_step = run.compile_train_step()
             report.say(f"compiled the training step in {time.monotonic() - began:.0f} s")
             _say_memory(run, train_step, report)

@@ -1,22 +1,13 @@
 """Trains or evaluates what a config describes: python -m vit_jax.main --config=configs/cvt.py."""
 
 import json
-import logging
-import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
+from vit_jax import command
 from vit_jax.build import flatten
-from vit_jax.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    DivergedError,
-    OutOfMemoryError,
-    nearest,
-)
+from vit_jax.errors import ConfigError, nearest
 
 USAGE = """Trains or evaluates what a config describes.
 
@@ -32,7 +23,6 @@ goes on where it stopped. A config is a Python file, and it is executed.
 """
 FLAGS = ("config", "workdir", "mode", "dry_run")
 NO_CONFIG = ("__init__", "common")
-STOPS = (ConfigError, DataError, CheckpointError, DivergedError, OutOfMemoryError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,18 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     memory, 130 Ctrl-C, 143 SIGTERM. An error that a person can mend is one sentence on stderr.
     """
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        if not argv or {"--help", "-h", "--helpfull", "--helpshort"} & set(argv):
-            print(USAGE)
-            return 0 if argv else 2
-        options = parse(argv)
-        return _run(*options)
-    except STOPS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    except KeyboardInterrupt:  # while a run is up, it has a handler of its own
-        print("stopped before anything was trained", file=sys.stderr)
-        return 130
+    if not argv or {"--help", "-h", "--helpfull", "--helpshort"} & set(argv):
+        print(USAGE)
+        return 0 if argv else 2
+    return command.guard(lambda: _run(*parse(argv)))
 
 
 def parse(argv: list[str]) -> tuple[dict[str, Any], Path, str, bool]:
@@ -150,7 +132,7 @@ def _resolve(argv: list[str]) -> tuple[list[str], str]:
 
 def _run(config: dict[str, Any], workdir: Path, mode: str, dry: bool) -> int:
     """Calls what the command line asks for; heavy imports wait until it is known to be right."""
-    _quiet()
+    command.quiet()
     from vit_jax.train import StoppedError, train
 
     try:
@@ -167,13 +149,6 @@ def _run(config: dict[str, Any], workdir: Path, mode: str, dry: bool) -> int:
     except StoppedError as error:
         return error.exit_status
     return 0
-
-
-def _quiet() -> None:
-    """Keeps libraries' chatter off the terminal: what a run says is what a person reads."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 if __name__ == "__main__":

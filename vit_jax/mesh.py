@@ -1,13 +1,14 @@
 """Devices -> mesh, and how state and batch lie on it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vit_jax.contracts import HOST_KEYS, Batch
-from vit_jax.errors import ConfigError
+from vit_jax.errors import ConfigError, OutOfMemoryError
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
@@ -61,3 +62,18 @@ def describe(mesh: Mesh) -> str:
     device = mesh.devices.flat[0]
     hosts = jax.process_count()
     return f"{mesh.size} x {device.device_kind} ({shape}), {hosts} process{'es' * (hosts > 1)}"
+
+
+@contextmanager
+def memory_errors(batch_size: int) -> Iterator[None]:
+    """The device's out-of-memory error -> one sentence with a batch size to try."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        first = str(error).splitlines()[0]
+        raise OutOfMemoryError(
+            f"batch_size={batch_size} does not fit the device's memory ({first}); try "
+            f"batch_size={max(batch_size // 2, 1)}, or in training accumulate=2 or remat"
+        ) from error

@@ -240,6 +240,13 @@ def predictions(
     )
 
 
+def sheet(
+    path: str | Path, pictures: Sequence[np.ndarray], titles: Sequence[str], header: str
+) -> Path:
+    """Draws pictures, uint8 [H, W, 3] of any size, with a title below each; returns the path."""
+    return _sheet(Path(path), pictures, titles, [None] * len(pictures), header)
+
+
 def batch(
     path: str | Path,
     images: np.ndarray,

@@ -20,6 +20,8 @@ from vit_jax.build import build, flatten
 from vit_jax.contracts import Batch, Dataset, Sums, Task, Transform
 from vit_jax.data import pipeline
 from vit_jax.errors import CheckpointError, ConfigError, DataError
+from vit_jax.pretrained import finetune
+from vit_jax.pretrained.own import LABELS
 
 FREE_KEYS = ("data.threads", "data.workers", "checkpoint.", "log_every")  # change no number
 
@@ -47,7 +49,8 @@ class Run:
     optimizer: optax.GradientTransformation
     abstract_state: step.TrainState  # shapes with shardings
     abstract_batch: dict[str, jax.ShapeDtypeStruct]
-    remarks: tuple[str, ...]  # what the data had to tell
+    remarks: tuple[str, ...]  # what the data and the checkpoint had to tell
+    warm_start: finetune.WarmStart | None  # what the first state takes from `config.init`
 
     @property
     def steps_per_epoch(self) -> float:
@@ -86,17 +89,19 @@ class Run:
         )
 
     def init(self) -> step.TrainState:
-        """A fresh state on the mesh."""
+        """The state of step 0 on the mesh: fresh, or with the weights of `config.init`."""
         shapes = self.abstract_batch.items()
         batch = {k: jnp.zeros((1, *v.shape[1:]), v.dtype) for k, v in shapes}
+        fresh = self._once(partial(step.init_variables, batch=batch, model=self.model), self.key)
+        variables = self.warm_start.fill(fresh) if self.warm_start else fresh
+        start = partial(step.init_state, optimizer=self.optimizer, ema=self.config["ema"] > 0)
+        return self._once(start, variables)
 
-        def make(key: jax.Array) -> step.TrainState:
-            variables = step.init_variables(key, batch, model=self.model)
-            return step.init_state(variables, optimizer=self.optimizer, ema=self.config["ema"] > 0)
-
-        init = jax.jit(make, out_shardings=mesh.replicated(self.mesh)).lower(self.key)
+    def _once(self, function: Callable, argument: Any) -> Any:
+        """One call, compiled in little time."""
+        lowered = jax.jit(function, out_shardings=mesh.replicated(self.mesh)).lower(argument)
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        return init.compile(RUNS_ONCE if on_cpu else None)(self.key)
+        return lowered.compile(RUNS_ONCE if on_cpu else None)(argument)
 
     def compile_train_step(self) -> Callable[..., tuple[step.TrainState, Sums]]:
         """The jitted step, compiled: (state, batch, key=) -> (state, sums); `state` is donated."""
@@ -123,10 +128,14 @@ def _reading(config: Mapping[str, Any]) -> dict[str, Any]:
 def set_up(config: dict[str, Any]) -> Run:
     """Builds what `config` describes, and checks that the parts fit each other.
 
+    What the config leaves to the checkpoint of its `init` is filled in, in place.
+
     Raises:
       ConfigError: if they do not.
       DataError: if the data is missing, empty or has more classes than the head.
+      CheckpointError: if `config.init` cannot be read, or is of another model.
     """
+    opened = finetune.resolve(config)
     devices = mesh.make_mesh()
     mesh.check_batch_size(config["batch_size"], devices, config["accumulate"])
     data = config["data"]
@@ -164,6 +173,10 @@ def set_up(config: dict[str, Any]) -> Run:
         )
     except ValueError as error:  # what a module says of a size or a name it cannot work with
         raise ConfigError(str(error)) from error
+    warm_start = None
+    if opened is not None:
+        warm_start = finetune.warm_start(opened, model, variables, config["init_skip"])
+        remarks += warm_start.remarks
     optimizer = optim.make(config["optimizer"], params=variables["params"], schedule=schedule)
     state = jax.eval_shape(
         partial(step.init_state, optimizer=optimizer, ema=config["ema"] > 0), variables
@@ -188,6 +201,7 @@ def set_up(config: dict[str, Any]) -> Run:
         ),
         abstract_batch=abstract_batch,
         remarks=tuple(dict.fromkeys(remarks)),
+        warm_start=warm_start,
     )
 
 
@@ -246,8 +260,13 @@ def _abstract_batch(config, data, transforms, mix, devices) -> dict[str, jax.Sha
     }
 
 
-def claim(workdir: Path, config: dict[str, Any]) -> None:
+def claim(workdir: Path, config: dict[str, Any], labels: tuple[str, ...] = ()) -> None:
     """Makes the run folder, or checks that the one there belongs to this config.
+
+    Args:
+      workdir: the run folder.
+      config: as `set_up` has completed it.
+      labels: a name for each class, kept for those who use the trained model.
 
     Raises:
       CheckpointError: if it belongs to another config, naming the keys that differ.
@@ -264,6 +283,7 @@ def claim(workdir: Path, config: dict[str, Any]) -> None:
             )
         workdir.mkdir(parents=True, exist_ok=True)
         unfinished = workdir / "config.json.tmp"
+        (workdir / LABELS).write_text(json.dumps(labels) + "\n")
         unfinished.write_text(json.dumps(config, indent=2) + "\n")
         os.replace(unfinished, workdir / "config.json")
     except OSError as error:

@@ -15,7 +15,7 @@ import numpy as np
 
 from vit_jax import checkpoint, cost, mesh, pictures, step
 from vit_jax.contracts import Batch
-from vit_jax.errors import CheckpointError, DivergedError, OutOfMemoryError
+from vit_jax.errors import CheckpointError, DivergedError
 from vit_jax.evaluate import SHOWN, broken_pictures, draw, evaluate_split, rows_of
 from vit_jax.report import Report, read_metrics, sentence
 from vit_jax.run import Run, claim, set_up
@@ -47,7 +47,7 @@ def train(config: dict[str, Any], workdir: str | Path) -> dict[str, float]:
       StoppedError: after Ctrl-C or SIGTERM, with the current step saved.
     """
     run, workdir = set_up(config), Path(workdir)
-    claim(workdir, config)
+    claim(workdir, config, run.train_data.class_names)
     warnings: list[str] = []
     checkpoints = checkpoint.Checkpoints(workdir, **config["checkpoint"], warn=warnings.append)
     restored = checkpoints.restore(run.abstract_state)
@@ -102,7 +102,7 @@ class _Loop:
             numbers, rank = self._evaluate(state, start)  # the run was stopped before this row
             best = best if rank is None else max(best, rank)
         if start < total:
-            with report.paused(), memory_errors(run.config["batch_size"]):
+            with report.paused(), mesh.memory_errors(run.config["batch_size"]):
                 began = time.monotonic()
                 report.say("compiling the training step ...")
                 train_step = run.compile_train_step()
@@ -131,7 +131,7 @@ class _Loop:
             with report.waiting():
                 batch = next(batches)
             self._check_pictures(batch)
-            with memory_errors(run.config["batch_size"]):
+            with mesh.memory_errors(run.config["batch_size"]):
                 state, new = train_step(state, mesh.put_batch(batch, run.mesh), key=key)
                 pending.append((now, new))
                 while len(pending) > (IN_FLIGHT if now < total else 0):
@@ -251,21 +251,6 @@ def flops_per_image(run: Run) -> int:
     }
     variables = {"params": state.params, **state.model_state}
     return cost.flops(partial(step.forward, model=run.model), variables, one)
-
-
-@contextmanager
-def memory_errors(batch_size: int) -> Iterator[None]:
-    """The device's out-of-memory error -> one sentence with a batch size to try."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        first = str(error).splitlines()[0]
-        raise OutOfMemoryError(
-            f"batch_size={batch_size} does not fit the device's memory ({first}); try "
-            f"--config.batch_size={max(batch_size // 2, 1)}, --config.accumulate=2, or remat"
-        ) from error
 
 
 @contextmanager

@@ -1,7 +1,10 @@
 """Picture files, as people have them -> uint8 RGB."""
 
 import io
+import os
 import struct
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -78,6 +81,45 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise
     except Exception as error:  # a reader of foreign bytes may raise anything
         raise DataError(f"{_reason(error)} ({len(data):,} bytes)") from error
+
+
+def as_rgb(picture: Any, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A picture of any kind -> uint8 [H, W, 3], RGB.
+
+    Args:
+      picture: the path of a file, its bytes, a Pillow image, or an array: grey [H, W] or
+        [H, W, 1], RGB or RGBA, of uint8, or of numbers from 0 to 1.
+      max_pixels: larger pictures are refused.
+
+    Raises:
+      DataError: naming the file, or the shape and type, and why it is no picture.
+    """
+    if isinstance(picture, (str, os.PathLike)):
+        try:
+            return decode(Path(picture).read_bytes(), max_pixels=max_pixels)
+        except (OSError, DataError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise DataError(f"{picture}: {reason}") from error
+    if isinstance(picture, (bytes, bytearray, memoryview)):
+        return decode(bytes(picture), max_pixels=max_pixels)
+    if isinstance(picture, Image.Image):
+        _check_size(*picture.size, max_pixels)
+        return _to_rgb(_upright(picture))
+    array = np.asarray(picture)
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise DataError(
+            f"an array of shape {array.shape} is no picture: wanted [H, W] or [H, W, 1, 3 or 4]"
+        )
+    _check_size(array.shape[1], array.shape[0], max_pixels)
+    if np.issubdtype(array.dtype, np.floating):
+        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+            raise DataError("a picture of floating-point numbers must lie between 0 and 1")
+        array = np.round(array * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise DataError(f"a picture of {array.dtype}: wanted uint8, or numbers from 0 to 1")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(array)))
 
 
 def _no_picture(data: bytes) -> str:

@@ -147,7 +147,7 @@ def _scan(root: Path) -> Folder:
         )
     files, ignored = [], []
     for label, (name, folder) in enumerate(classes.items()):
-        found = [path.relative_to(root).as_posix() for path in _files(folder)]
+        found = [path.relative_to(root).as_posix() for path in all_files(folder)]
         pictures = [path for path in found if Path(path).suffix.lower() in SUFFIXES]
         ignored += [path for path in found if Path(path).suffix.lower() not in SUFFIXES]
         if not pictures:
@@ -157,7 +157,7 @@ def _scan(root: Path) -> Folder:
     return Folder(root, tuple(files), tuple(classes), tuple(ignored))
 
 
-def _files(folder: Path) -> list[Path]:
+def all_files(folder: Path) -> list[Path]:
     """Files below a folder, sorted, without hidden ones; links to folders are followed once."""
     found, seen = [], set()
     for where, folders, names in os.walk(folder, followlinks=True):

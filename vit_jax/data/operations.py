@@ -15,6 +15,8 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "area": Image.Resampling.BOX,
     "nearest": Image.Resampling.NEAREST,
+    "lanczos": Image.Resampling.LANCZOS,
+    "hamming": Image.Resampling.HAMMING,
 }
 GREY = np.array([[0.299, 0.587, 0.114]], np.float32)  # ITU-R 601-2, as Pillow's mode L
 SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13

@@ -91,6 +91,29 @@ class ResizeCenterCrop:
 
 
 @dataclass(frozen=True)
+class CenterCrop:
+    """Cuts out the middle; a picture that is smaller gets a black rim first.
+
+    Where the rim cannot be the same on both sides, the place is rounded as torchvision does.
+    """
+
+    size: Size
+
+    def __post_init__(self):
+        _pair(self.size)
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """`image` uint8 [H, W, 3] -> uint8 [*size, 3]."""
+        image, (H, W) = example["image"], _pair(self.size)
+        rows, columns = (max(n - m, 0) for n, m in zip((H, W), image.shape[:2], strict=True))
+        if rows or columns:
+            border = (rows // 2, rows - rows // 2, columns // 2, columns - columns // 2)
+            image = cv2.copyMakeBorder(image, *border, cv2.BORDER_CONSTANT, value=(0, 0, 0))
+        top, left = round((image.shape[0] - H) / 2), round((image.shape[1] - W) / 2)
+        return example | {"image": image[top : top + H, left : left + W]}
+
+
+@dataclass(frozen=True)
 class RandomResizedCrop:
     """Cuts out a random part and resizes it: Szegedy et al. 2015 (arXiv:1409.4842), section 6.
 

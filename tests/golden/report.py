@@ -1,0 +1,271 @@
+"""Parity at published sizes: random weights in the peer's model, its file opened here, logits
+compared. `python tests/golden/make.py --report` writes docs/parity.md.
+"""
+
+import copy
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = Path(__file__).parent / "parity.json"
+LIMIT = 1e-4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of a peer.
+
+    Attributes:
+      name: of the published size.
+      peer: "transformers" or "timm".
+      make: builds the peer's model, with random weights.
+      sizes: (H, W) of the images: the published one, and an awkward one.
+      call: the peer's further arguments at another size than it was made for.
+    """
+
+    name: str
+    peer: str
+    make: Callable[[], Any]
+    sizes: tuple[tuple[int, int], ...]
+    call: dict[str, Any] = field(default_factory=dict)
+
+
+def hf(name: str, kind: str, sizes, call: dict | None = None, **config) -> Row:
+    def make():
+        import transformers
+
+        settings = getattr(transformers, f"{kind}Config")(num_labels=1000, **config)
+        return getattr(transformers, f"{kind}ForImageClassification")(settings)
+
+    return Row(name, "transformers", make, tuple(sizes), call or {})
+
+
+def deit(name: str, **config) -> Row:
+    def make():
+        import transformers
+
+        settings = transformers.DeiTConfig(num_labels=1000, **config)
+        return transformers.DeiTForImageClassificationWithTeacher(settings)
+
+    return Row(name, "transformers", make, (S224, VIT_ODD), {"interpolate_pos_encoding": True})
+
+
+def timm(name: str, sizes, **config) -> Row:
+    def make():
+        import timm
+
+        return timm.create_model(name, pretrained=False, **config)
+
+    return Row(name, "timm", make, tuple(sizes))
+
+
+S224, S384, S256 = (224, 224), (384, 384), (256, 256)
+ODD = (296, 328)  # the window divides neither side
+VIT_ODD = (240, 304)  # a multiple of 16, not square
+DINO_ODD = (238, 322)
+ANY = {"interpolate_pos_encoding": True}
+SWIN_T = {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]}
+SWIN_S = SWIN_T | {"depths": [2, 2, 18, 2]}
+SWIN_B = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}
+SWIN_L = {"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48]}
+DYNAMIC = {"dynamic_img_size": True}
+
+
+def vit(width: int, depth: int = 12, heads: int | None = None) -> dict:
+    """Settings of transformers' plain ViT."""
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads or width // 64,
+        "intermediate_size": 4 * width,
+    }
+
+
+ROWS = (
+    hf("ViT-Ti/16", "ViT", [S224, VIT_ODD], ANY, **vit(192)),
+    hf("ViT-S/16", "ViT", [S224, VIT_ODD], ANY, **vit(384)),
+    hf("ViT-B/16", "ViT", [S224, VIT_ODD], ANY, **vit(768)),
+    hf("ViT-B/16 384", "ViT", [S384, VIT_ODD], ANY, image_size=384, **vit(768)),
+    hf("ViT-B/32", "ViT", [S224, (256, 320)], ANY, patch_size=32, **vit(768)),
+    hf("ViT-L/16", "ViT", [S224, VIT_ODD], ANY, **vit(1024, 24)),
+    deit("DeiT-S distilled", **vit(384)),
+    deit("DeiT-B distilled", **vit(768)),
+    hf("BEiT-B/16", "Beit", [S224], use_relative_position_bias=True, **vit(768)),
+    hf("BEiT-L/16", "Beit", [S224], use_relative_position_bias=True, **vit(1024, 24)),
+    hf("DINOv2-S/14", "Dinov2", [S224, DINO_ODD], **vit(384), image_size=518, patch_size=14),
+    hf("DINOv2-B/14", "Dinov2", [S224, DINO_ODD], **vit(768), image_size=518, patch_size=14),
+    hf(
+        "DINOv2-S/14 registers",
+        "Dinov2WithRegisters",
+        [S224, DINO_ODD],
+        **vit(384),
+        image_size=518,
+        patch_size=14,
+    ),
+    hf("Swin-T", "Swin", [S224, ODD], **SWIN_T),
+    hf("Swin-S", "Swin", [S224, ODD], **SWIN_S),
+    hf("Swin-B", "Swin", [S224, ODD], **SWIN_B),
+    hf("Swin-B 384", "Swin", [S384, ODD], **SWIN_B, window_size=12, image_size=384),
+    hf("Swin-L", "Swin", [S224, ODD], **SWIN_L),
+    hf("Swin V2-T w8", "Swinv2", [S256, ODD], **SWIN_T, window_size=8, image_size=256),
+    hf("Swin V2-B w16", "Swinv2", [S256, ODD], **SWIN_B, window_size=16, image_size=256),
+    hf("CvT-13", "Cvt", [S224, ODD]),
+    hf("CvT-21", "Cvt", [S224, ODD], depth=[1, 4, 16]),
+    hf(
+        "CvT-W24",
+        "Cvt",
+        [S384, ODD],
+        embed_dim=[192, 768, 1024],
+        depth=[2, 2, 20],
+        num_heads=[3, 12, 16],
+    ),
+    hf("ResNet-50", "ResNet", [S224, ODD]),
+    hf("ResNet-101", "ResNet", [S224, ODD], depths=[3, 4, 23, 3]),
+    timm("vit_base_patch16_224", [S224, VIT_ODD], **DYNAMIC),
+    timm("deit_small_distilled_patch16_224", [S224, VIT_ODD], **DYNAMIC),
+    timm("vit_base_r50_s16_224", [S224, (320, 256)], **DYNAMIC),
+    timm("vit_small_r26_s32_224", [S224, (320, 256)], **DYNAMIC),
+    timm("vit_small_patch14_dinov2", [S224, DINO_ODD], **DYNAMIC),
+    timm("vit_small_patch14_reg4_dinov2", [S224, DINO_ODD], **DYNAMIC),
+    timm("beit_base_patch16_224", [S224]),
+    timm("swin_tiny_patch4_window7_224", [S224]),
+    timm("swinv2_tiny_window8_256", [S256]),
+    timm("resnet50", [S224, ODD]),
+)
+
+
+def randomise(model: Any, seed: int) -> None:
+    """Every parameter and statistic takes part, none is left at 0 or 1."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point() or "coords_table" in name:
+            continue
+
+        def normal(tensor=tensor):
+            return torch.randn(tensor.shape, generator=generator)
+
+        if name.endswith("running_var"):
+            value = 0.5 + torch.rand(tensor.shape, generator=generator)
+        elif name.endswith("bias_table") or "token" in name or "pos" in name:
+            value = 0.5 * normal()
+        elif "logit_scale" in name:
+            value = 2 + 0.3 * normal()
+        elif tensor.ndim > 1 and tensor.shape[0] * tensor[0].numel() > tensor.numel() / 2:
+            value = normal() / tensor[0].numel() ** 0.5
+        else:
+            value = 0.1 * normal() + float(name.endswith(("weight", "gamma", "lambda1")))
+        tensor.copy_(value.reshape(tensor.shape))
+
+
+def save(row: Row, model: Any, folder: Path) -> None:
+    """Writes what the peer would publish."""
+    if row.peer == "transformers":
+        model.save_pretrained(folder)
+        return
+    from safetensors.torch import save_file
+
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    published = {"input_size": list(model.default_cfg["input_size"])}
+    config = {"architecture": row.name, "pretrained_cfg": published}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def measure(row: Row) -> dict[str, Any]:
+    """The largest difference of logits, relative to the largest logit, at each size."""
+    import torch
+
+    import vit_jax
+
+    model = row.make().eval()
+    with torch.no_grad():
+        randomise(model, seed=0)
+    found: dict[str, Any] = {"name": row.name, "peer": row.peer, "differences": {}}
+    found["parameters"] = sum(p.numel() for p in model.parameters())
+    with tempfile.TemporaryDirectory() as name:
+        save(row, model, Path(name))
+        loaded = vit_jax.load(name)
+    for size in row.sizes:
+        image = np.random.default_rng(1).normal(size=(1, 3, *size)).astype(np.float32)
+        with torch.no_grad():
+            call = row.call if size != row.sizes[0] else {}
+            # A copy: transformers' Swin, once it has not shifted a small map, never shifts again.
+            theirs = copy.deepcopy(model)(torch.from_numpy(image), **call)
+        theirs = getattr(theirs, "logits", theirs).numpy()
+        ours = loaded(image=image.transpose(0, 2, 3, 1))
+        ours = np.asarray(getattr(ours, "pooled", ours))
+        difference = np.abs(ours - theirs).max() / np.abs(theirs).max()
+        found["differences"][f"{size[0]}x{size[1]}"] = float(difference)
+    return found
+
+
+def main(only: str = "") -> None:
+    """Measures the rows whose name contains `only`, and writes the table of all measured ones."""
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for row in ROWS:
+        if only.lower() not in row.name.lower():
+            continue
+        began = time.monotonic()
+        found = measure(row)
+        known[f"{row.peer} {row.name}"] = found
+        RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+        worst = max(found["differences"].values())
+        seconds = time.monotonic() - began
+        print(f"{row.peer} {row.name}: {worst:.1e} ({seconds:.0f} s)", flush=True)
+    (ROOT / "docs" / "parity.md").write_text(_table(known))
+    bad = [name for name, found in known.items() if max(found["differences"].values()) > LIMIT]
+    if bad:
+        sys.exit(f"more than {LIMIT:g}: {', '.join(bad)}")
+
+
+def _table(known: dict[str, Any]) -> str:
+    import timm
+    import torch
+    import transformers
+
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
+    what = (
+        "Random weights (biases, norms, statistics and tables too) in the peer's model, saved as "
+        "the peer saves them, opened here by `vit_jax.load`, and both asked for logits, in float32 "
+        "on a CPU: the largest difference over the largest logit, at the published size and at an "
+        f"awkward one. At most {LIMIT:g} is wanted."
+    )
+    how = (
+        "Command: `python tests/golden/make.py --report`, where PyTorch, timm and transformers are "
+        f"installed. What ran: commit {commit.stdout.strip()}, torch {torch.__version__}, timm "
+        f"{timm.__version__}, transformers {transformers.__version__}, Python "
+        f"{platform.python_version()}."
+    )
+    lines = [
+        "# Parity with the published code",
+        "",
+        *textwrap.wrap(what, 120),
+        "",
+        *textwrap.wrap(how, 120),
+        "",
+        "| model | published by | parameters | size: difference | size: difference |",
+        "|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        found = known.get(f"{row.peer} {row.name}")
+        if found is None:
+            lines.append(f"| {row.name} | {row.peer} | | not run | |")
+            continue
+        cells = [f"{size}: {value:.1e}" for size, value in found["differences"].items()] + [""]
+        start = f"| {row.name} | {row.peer} | {found['parameters']:,} | "
+        lines.append(start + " | ".join(cells[:2]) + " |")
+    return "\n".join(lines) + "\n"

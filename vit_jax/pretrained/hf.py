@@ -1,0 +1,181 @@
+"""Hugging Face's form: a folder with config.json, model.safetensors, preprocessor_config.json.
+
+The folder may be on the disk or on the Hub. timm's folders there have a config.json of another
+kind, with `architecture` in it; `state.py` opens what they hold.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vit_jax.errors import ConfigError, nearest
+from vit_jax.pretrained import arrays, names, preprocess, state
+from vit_jax.pretrained.opened import Opened, backbone_fields, refuse
+from vit_jax.pretrained.recipe import Recipe
+
+WEIGHTS = (  # in this order
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+)
+WANTED = ("config.json", "preprocessor_config.json", "model*.safetensors", WEIGHTS[1])
+
+
+def download(repository: str) -> Path:
+    """A repository of the Hub, `OWNER/NAME` or `OWNER/NAME@REVISION`, in huggingface_hub's cache.
+
+    Offline (HF_HUB_OFFLINE=1, or no network) what is in the cache is used.
+
+    Raises:
+      CheckpointError: if there is no such repository, no access, or no network and no copy.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    name, _, revision = repository.partition("@")
+    ref = f"hf:{repository}"
+
+    def get(*patterns: str) -> Path:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+
+    try:
+        folder = get(*WANTED)
+        if not any((folder / file).is_file() for file in WEIGHTS[:2]):
+            folder = get(*WANTED, WEIGHTS[2])
+        return folder
+    except errors.GatedRepoError as error:
+        raise refuse(ref, "its owner wants you to ask for access: see its page") from error
+    except errors.RepositoryNotFoundError as error:
+        raise refuse(
+            ref, "there is no such repository, or it is private (then: hf auth login)"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise refuse(ref, f"the repository has no revision {revision!r}") from error
+    except errors.HFValidationError as error:
+        raise refuse(ref, "wanted hf:OWNER/NAME, or hf:OWNER/NAME@REVISION") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise refuse(
+            ref, "it is not in the cache, and the Hub cannot be reached (no network, or offline)"
+        ) from error
+    except Exception as error:  # the HTTP library's own errors, which are not its interface
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise refuse(ref, f"it could not be downloaded: {reason[:200]}") from error
+
+
+def open_folder(folder: Path, ref: str) -> Opened:
+    """A folder in transformers' or timm's form; nothing is read yet but its small files.
+
+    Raises:
+      CheckpointError: if something is missing, damaged, or of a kind that is not known here.
+    """
+    config = _json(folder / "config.json", ref)
+    weights = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
+    if weights is None:
+        raise refuse(ref, f"no weights: wanted {' or '.join(WEIGHTS[:2])}")
+    checked = arrays.check_hash(weights)
+    open_weights = arrays.open_pth if weights.suffix == ".bin" else arrays.open_safetensors
+    source = open_weights(weights)
+    if "architecture" in config:
+        return state.opened(source, ref, config["architecture"], config)
+    kind = config.get("model_type")
+    kinds = {t: f for f in state.families() for t in f.HF_TYPES}
+    if kind not in kinds:
+        raise refuse(ref, f"model_type={kind!r} is not known here.{nearest(str(kind), kinds)}")
+    try:
+        recipe = kinds[kind].from_hf(config, source.shapes)
+    except (KeyError, TypeError) as error:
+        raise refuse(ref, f"its config.json or its weights lack {error}") from error
+    file = folder / "preprocessor_config.json"
+    if file.is_file():
+        preprocessing, remarks = preprocess.from_hf(_json(file, ref)), ()
+    else:
+        preprocessing = preprocess.Preprocessing(recipe.preprocessing)
+        remarks = ("no preprocessor_config.json: the usual one of this family is assumed",)
+    remarks += (checked,) if checked else ()
+    return Opened(
+        ref=ref,
+        format=f"Hugging Face transformers ({', '.join(config.get('architectures') or [kind])})",
+        recipe=recipe,
+        arrays=source,
+        preprocessing=preprocessing,
+        labels=_labels(config, recipe.num_classes),
+        remarks=recipe.remarks + remarks,
+    )
+
+
+def _json(file: Path, ref: str) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise refuse(ref, f"there is no {file.name}") from error
+    except (OSError, ValueError) as error:
+        raise refuse(ref, f"{file.name} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise refuse(ref, f"{file.name} is no JSON object")
+    return content
+
+
+def _labels(config: Mapping[str, Any], classes: int) -> tuple[str, ...]:
+    found = {int(k): str(v) for k, v in (config.get("id2label") or {}).items()}
+    if len(found) != classes or set(found) != set(range(classes)):
+        return ()
+    labels = tuple(found[i] for i in range(classes))
+    return () if all(label == f"LABEL_{i}" for i, label in enumerate(labels)) else labels
+
+
+def save(loaded: Any, folder: Path) -> Recipe:
+    """Writes a folder that transformers opens, into an empty folder.
+
+    Args:
+      loaded: a `vit_jax.pretrained.load.Loaded`.
+      folder: exists, and is empty.
+
+    Returns:
+      The recipe by which it can be read back.
+
+    Raises:
+      ConfigError: if transformers has no such model, saying what it lacks.
+    """
+    from safetensors.numpy import save_file
+
+    config, recipe = published(loaded)
+    tensors = {
+        name: np.ascontiguousarray(array)
+        for name, array in names.write(recipe.table, loaded.variables)
+    }
+    dtypes = {str(array.dtype) for array in tensors.values() if array.ndim > 1}
+    config["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _write(folder / "config.json", config)
+    _write(folder / "preprocessor_config.json", preprocess.to_hf(loaded.preprocess))
+    return recipe
+
+
+def published(loaded: Any) -> tuple[dict[str, Any], Recipe]:
+    """(config.json, names) of a loaded model in transformers; ConfigError if it has no such."""
+    module = loaded.module
+    backbone = backbone_fields(getattr(module, "backbone", module))
+    classes = getattr(module, "num_classes", 0)
+    reasons = []
+    for family in state.families():
+        if backbone["target"] not in family.TARGETS:
+            continue
+        try:
+            config = family.to_hf(backbone, classes)
+            if loaded.labels:
+                config["id2label"] = {str(i): label for i, label in enumerate(loaded.labels)}
+                config["label2id"] = {label: i for i, label in enumerate(loaded.labels)}
+            recipe = family.from_hf(config, {})
+        except ConfigError as error:
+            reasons.append(str(error))
+            continue
+        return config, recipe
+    if not reasons:
+        reasons = [f"transformers has no {backbone['target']}"]
+    raise ConfigError("; ".join(reasons))
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")

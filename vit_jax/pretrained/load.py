@@ -1,0 +1,165 @@
+"""Any published checkpoint, or a run of one's own, by one string."""
+
+import difflib
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from vit_jax import step
+from vit_jax.contracts import Array, Outputs
+from vit_jax.errors import ConfigError
+from vit_jax.pretrained import google, hf, names, own, resample, state
+from vit_jax.pretrained.opened import Opened, refuse
+from vit_jax.pretrained.preprocess import Preprocessing
+from vit_jax.pretrained.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+DTYPES = ("float32", "bfloat16", "float16")
+KINDS = (
+    "hf:OWNER/NAME on the Hugging Face Hub, a folder with config.json and model.safetensors, a "
+    "Google .npz, a .safetensors or .pth of timm or the authors, or a run folder"
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its weights.
+
+    Called with batch entries by name, `loaded(image=...)`, it gives what the module's documentation
+    says: logits [B, K] for a classifier, `Features` for a backbone without a head.
+
+    Attributes:
+      module: a Linen module.
+      variables: its variables.
+      preprocess: pictures of any kind and size -> `image` [B, H, W, 3].
+      labels: a name for each class; empty if the checkpoint has none.
+      source: what was opened, and in which form.
+      recipe: how it was rebuilt.
+      remarks: what was assumed or resampled, for a person.
+    """
+
+    module: nn.Module
+    variables: Any = field(repr=False)
+    preprocess: Preprocessing
+    labels: tuple[str, ...] = field(repr=False)
+    source: str
+    recipe: Recipe = field(repr=False)
+    remarks: tuple[str, ...] = ()
+
+    def __call__(self, **batch: Array) -> Outputs:
+        """Batch entries by their names in `vit_jax.contracts` -> the model's output.
+
+        Raises:
+          ConfigError: if an entry is missing, or the model does not read it.
+        """
+        accepted = set(inspect.signature(type(self.module).__call__).parameters) - {"self", "train"}
+        if unknown := sorted(set(batch) - accepted):
+            raise ConfigError(f"the model reads {sorted(accepted)}, not {unknown[0]!r}")
+        try:
+            return self._forward(self.variables, {k: jnp.asarray(v) for k, v in batch.items()})
+        except ValueError as error:  # a size that it cannot work with, or an entry too few
+            raise ConfigError(str(error)) from error
+
+    @cached_property
+    def _forward(self) -> Callable[..., Outputs]:
+        return jax.jit(partial(step.forward, model=self.module))
+
+
+def open_checkpoint(ref: str | Path) -> Opened:
+    """Finds out what `ref` is; the large arrays stay in their file.
+
+    Args:
+      ref: `hf:OWNER/NAME[@REVISION]`; a folder in Hugging Face's form; a `.npz`, `.safetensors`,
+        `.safetensors.index.json`, `.pth`, `.pt` or `.bin` file; a run folder of ours.
+
+    Raises:
+      CheckpointError: if there is no such thing, or it cannot be read, in one sentence.
+    """
+    ref = str(ref)
+    if ref.startswith("hf:"):
+        return hf.open_folder(hf.download(ref.removeprefix("hf:")), ref)
+    path = Path(ref).expanduser()
+    if not path.exists():
+        raise refuse(ref, f"there is no such file or folder.{_similar(path)} Wanted: {KINDS}")
+    if path.is_dir():
+        if own.is_run(path):
+            return own.open_folder(path, ref)
+        if (path / "config.json").is_file():
+            return hf.open_folder(path, ref)
+        raise refuse(ref, f"the folder holds no config.json. Wanted: {KINDS}")
+    if path.suffix == ".npz":
+        return google.open_file(path, ref)
+    if path.suffix in (".safetensors", ".pth", ".pt", ".bin") or path.name.endswith(".index.json"):
+        return state.open_file(path, ref)
+    raise refuse(ref, f"files of the kind {path.suffix!r} are not known here. Wanted: {KINDS}")
+
+
+def _similar(path: Path) -> str:
+    """A hint at what is there, or at the Hub."""
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, beside, n=1)
+    if close:
+        return f" Did you mean {str(path.parent / close[0])!r}?"
+    if not path.is_absolute() and len(path.parts) == 2 and not path.suffix:
+        return f" On the Hub it would be hf:{path.as_posix()}."
+    return ""
+
+
+def load(
+    ref: str | Path,
+    *,
+    dtype: Any = "float32",
+    image_size: int | tuple[int, int] | None = None,
+    **fields: Any,
+) -> Loaded:
+    """Opens a checkpoint: architecture, weights, preprocessing and class names.
+
+    Args:
+      ref: as of `open_checkpoint`.
+      dtype: of the parameters and the computation: "float32", "bfloat16" or "float16".
+      image_size: side or (H, W), in pixels, of the images it will see, where that is not the
+        checkpoint's own; learned positions are resampled once, here.
+      **fields: other fields of the backbone, such as `window=12`, `drop_path=0.1`, `remat=True`.
+
+    Raises:
+      CheckpointError: if the checkpoint does not exist, is damaged, or does not fit, with all
+        names that do not.
+      ConfigError: if there is no such field.
+    """
+    if str(np.dtype(dtype) if dtype in DTYPES[::2] else dtype) not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r}: wanted one of {', '.join(DTYPES)}")
+    opened = open_checkpoint(ref)
+    preprocessing, remarks = opened.preprocessing, list(opened.remarks)
+    native = opened.module(dtype=dtype)
+    wanted = native
+    if image_size is not None:
+        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        preprocessing = preprocessing.resized(size)
+        if "image_size" in type(getattr(native, "backbone", native)).__dataclass_fields__:
+            fields["image_size"] = size
+    if fields:
+        wanted = opened.module(dtype=dtype, **fields)
+    paths = opened.read(native, dtype=dtype)
+    if fields:
+        paths, told = resample.fit(paths, names.shapes_of(opened.abstract(wanted)), wanted)
+        remarks += told
+    for remark in remarks:
+        logger.info("%s: %s", ref, remark)
+    return Loaded(
+        module=wanted,
+        variables=names.nested(paths),
+        preprocess=preprocessing,
+        labels=opened.labels,
+        source=f"{ref}, {opened.format}",
+        recipe=opened.recipe,
+        remarks=tuple(remarks),
+    )

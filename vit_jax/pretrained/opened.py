@@ -1,0 +1,110 @@
+"""A checkpoint that was found and understood; its arrays are still in their file."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from vit_jax.build import build
+from vit_jax.errors import CheckpointError, ConfigError
+from vit_jax.pretrained import names
+from vit_jax.pretrained.arrays import Arrays
+from vit_jax.pretrained.preprocess import Preprocessing
+from vit_jax.pretrained.recipe import Recipe
+
+SIZE = 224  # pixels, where nothing says otherwise
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a reference turned out to be.
+
+    Attributes:
+      ref: what was asked for.
+      format: the kind of file, for a person.
+      recipe: how to build the model, and the names of its arrays.
+      arrays: by their names there.
+      preprocessing: of this checkpoint, or its publisher's usual one.
+      labels: a name for each class; empty if the file has none.
+      remarks: what was assumed, for a person.
+    """
+
+    ref: str
+    format: str
+    recipe: Recipe
+    arrays: Arrays
+    preprocessing: Preprocessing
+    labels: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    def module(self, *, dtype: Any = None, **fields: Any) -> nn.Module:
+        """The model, with other fields of the backbone where they are given.
+
+        Raises:
+          ConfigError: if the backbone has no such field, or refuses the value.
+        """
+        of_dtype = {} if dtype is None else {"dtype": jnp.dtype(dtype)}
+        backbone = self.recipe.backbone | fields | of_dtype
+        if not self.recipe.num_classes:
+            return build(backbone)
+        head = self.recipe.classifier | {"num_classes": self.recipe.num_classes}
+        return build(head | {"backbone": backbone} | of_dtype)
+
+    def abstract(self, module: nn.Module) -> dict[str, Any]:
+        """Shapes of the module's variables, in no time."""
+        size = self.preprocessing.size or (SIZE, SIZE)
+        image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+
+        def init(image: jax.Array) -> Any:
+            return module.init(jax.random.key(0), image, train=False)
+
+        try:
+            variables = dict(jax.eval_shape(init, image))
+        except ValueError as error:  # what a module says of a size that it cannot work with
+            raise ConfigError(str(error)) from error
+        variables.pop("intermediates", None)
+        return variables
+
+    def match(self, module: nn.Module) -> names.Match:
+        """Which array of the file goes where; nothing is read."""
+        shapes = names.shapes_of(self.abstract(module))
+        return self.recipe.table.bind(shapes, self.arrays.shapes)
+
+    def read(self, module: nn.Module, *, dtype: Any = None) -> dict[str, Any]:
+        """The module's variables, by path, on the default device, read one after the other.
+
+        Statistics of normalisations stay float32.
+
+        Raises:
+          CheckpointError: with all names that do not fit, of both sides.
+        """
+        shapes = names.shapes_of(self.abstract(module))
+        match = self.recipe.table.bind(shapes, self.arrays.shapes)
+        match.check(self.ref)
+        found = {}
+        for path, array in names.arrays(match, shapes, self.arrays):
+            kept = path.startswith("batch_stats/") or dtype is None
+            # Cast by NumPy, at once: casts on the device would queue with their sources in memory.
+            cast = np.array(array, jnp.float32 if kept else jnp.dtype(dtype), order="C")
+            found[path] = jnp.asarray(cast)
+        return found
+
+
+def backbone_fields(module: nn.Module) -> dict[str, Any]:
+    """A spec of a backbone with all its fields, whatever partial it was built by."""
+    kind = type(module)
+    target = f"{kind.__module__.removeprefix('vit_jax.')}.{kind.__qualname__}"
+    fields = {
+        name: getattr(module, name)
+        for name in kind.__dataclass_fields__
+        if name not in ("parent", "name")
+    }
+    return {"target": target} | fields
+
+
+def refuse(ref: str, reason: str) -> CheckpointError:
+    """The error for a checkpoint that cannot be used."""
+    return CheckpointError(f"{ref}: {reason}")

@@ -1,0 +1,36 @@
+"""What it takes to rebuild a published model here."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vit_jax.pretrained.names import Ours, Table
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a published model is built here, and what its arrays are called there.
+
+    Attributes:
+      origin: who named the arrays: "transformers", "timm", "Microsoft", "Google", ...
+      backbone: a spec for `vit_jax.build.build`: a class with its fields.
+      table: the names; `Ours` in a run folder.
+      num_classes: K of the head, 0 where there is none.
+      classifier: the module around the backbone, and further fields of it.
+      preprocessing: specs of `vit_jax.data.transforms`, what that publisher's models expect where
+        the file does not say.
+      task: what the outputs are for: a spec of `vit_jax.tasks`.
+      remarks: what was assumed, for a person.
+    """
+
+    origin: str
+    backbone: dict[str, Any]
+    table: Table | Ours
+    num_classes: int
+    classifier: dict[str, Any] = field(
+        default_factory=lambda: {"target": "models.classifier.Classifier"}
+    )
+    preprocessing: tuple[dict[str, Any], ...] = ()
+    task: dict[str, Any] = field(
+        default_factory=lambda: {"target": "tasks.classification.Classification"}
+    )
+    remarks: tuple[str, ...] = ()
