@@ -19,11 +19,12 @@ def main() -> None:
     )
     parser.add_argument("--report", action="store_true", help="measure parity at published sizes")
     parser.add_argument("--only", default="", help="part of the names of what to measure")
+    parser.add_argument("--missing", action="store_true", help="only what is not measured yet")
     options = parser.parse_args()
     # As a script it would find `vit` and `swin` here before those of the package.
     sys.path[0] = str(ROOT)
     if options.report:
-        importlib.import_module("tests.golden.report").main(options.only)
+        importlib.import_module("tests.golden.report").main(options.only, options.missing)
         return
     for file in sorted(FOLDER.glob("*.py")):
         if file.stem not in ("make", "report", "__init__"):

@@ -13,8 +13,6 @@ from vit_jax.models.cvt import ConvProjection, CvT
 from vit_jax.pretrained import names
 from vit_jax.pretrained.families.cvt import HF
 
-# Less optimised code is compiled in half the time.
-quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 GOLDEN = Path(__file__).parents[1] / "golden" / "cvt_tiny.npz"
 TINY = partial(CvT, widths=(4, 8, 12), depths=(1, 1, 2), heads=(1, 2, 3))
 
@@ -88,7 +86,7 @@ def test_every_stage_equals_the_published_implementation(published, case, activa
     variables, arrays = published
     model = CvT(golden.WIDTHS, golden.DEPTHS, golden.HEADS, activation=activation)
     pixels = arrays[f"{case}/image"].astype(np.float32)
-    out = quick(partial(model.apply, train=False))(variables, pixels)
+    out = jax.jit(partial(model.apply, train=False))(variables, pixels)
     keys = [f"map_{i}" for i in range(len(golden.DEPTHS))] + ["pooled"]
     for key, got in zip(keys, [*out.maps, out.pooled], strict=True):
         wanted = arrays[f"{case}/{activation}/{key}"]
@@ -97,7 +95,7 @@ def test_every_stage_equals_the_published_implementation(published, case, activa
 
 def test_keys_are_squeezed_and_the_class_token_goes_around_the_convolutions(tiny):
     model, variables = tiny
-    _, seen = quick(partial(model.apply, train=False, mutable=["intermediates"]))(
+    _, seen = jax.jit(partial(model.apply, train=False, mutable=["intermediates"]))(
         variables, image()
     )
     weights = {
@@ -121,8 +119,8 @@ def test_training_normalises_by_the_batch_and_moves_the_running_statistics():
     params = kernel | {"norm": {"scale": jnp.ones(6), "bias": jnp.zeros(6)}}
     statistics = {"norm": {"mean": jnp.zeros(6), "var": jnp.ones(6) - 1e-5}}
     variables = {"params": params, "batch_stats": statistics}
-    given = quick(partial(layer.apply, train=False))(variables, x)
-    out, changed = quick(partial(layer.apply, train=True, mutable=["batch_stats"]))(variables, x)
+    given = jax.jit(partial(layer.apply, train=False))(variables, x)
+    out, changed = jax.jit(partial(layer.apply, train=True, mutable=["batch_stats"]))(variables, x)
     mean, var = given.mean((0, 1)), given.var((0, 1))
     wanted = (given - mean[None, None]) / jnp.sqrt(var + 1e-5)[None, None]
     chex.assert_trees_all_close(out, wanted, rtol=1e-3, atol=1e-4)
@@ -139,7 +137,7 @@ def test_every_running_statistic_moves_in_training(scan):
     model = TINY(scan=scan)
 
     variables = random_variables(model, image())
-    step = quick(partial(model.apply, train=True, mutable=["batch_stats"]))
+    step = jax.jit(partial(model.apply, train=True, mutable=["batch_stats"]))
     before, after = variables["batch_stats"], step(variables, image())[1]["batch_stats"]
     chex.assert_trees_all_equal_shapes(before, after)
     assert all(
@@ -150,7 +148,7 @@ def test_every_running_statistic_moves_in_training(scan):
 
 def test_an_image_does_not_depend_on_the_others_of_its_batch(tiny):
     model, variables = tiny
-    apply = quick(partial(model.apply, train=False))
+    apply = jax.jit(partial(model.apply, train=False))
     both = image()
     other = both.at[1].set(image(5)[1])
     chex.assert_trees_all_equal(
@@ -173,7 +171,7 @@ def test_scan_and_remat_change_neither_values_gradients_nor_statistics():
             )
             return jnp.sin(out.maps[0]).sum() + jnp.sin(out.pooled).sum(), changed["batch_stats"]
 
-        (value, statistics), gradient = quick(jax.value_and_grad(loss, has_aux=True))(
+        (value, statistics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
             variables["params"]
         )
         return value, statistics, gradient
@@ -196,11 +194,11 @@ def test_scan_and_remat_change_neither_values_gradients_nor_statistics():
 def test_drop_path_acts_in_the_last_stage_and_in_training_only(tiny):
     model, variables = TINY(drop_path=0.5), tiny[1]
     rngs = [{"dropout": jax.random.key(seed)} for seed in range(3)]
-    train = quick(partial(model.apply, train=True, mutable=["batch_stats"]))
+    train = jax.jit(partial(model.apply, train=True, mutable=["batch_stats"]))
     first, *others = (train(variables, image(), rngs=r)[0] for r in rngs)
     chex.assert_trees_all_equal(*(out.maps[:2] for out in [first, *others]))
     assert any(jnp.abs(first.pooled - other.pooled).max() > 1e-3 for other in others)
-    evaluate = quick(partial(model.apply, train=False))
+    evaluate = jax.jit(partial(model.apply, train=False))
     chex.assert_trees_all_equal(*(evaluate(variables, image(), rngs=r) for r in rngs))
 
 
@@ -209,8 +207,8 @@ def test_bfloat16_computes_close_by_and_keeps_float32_parameters(tiny):
     half = TINY(dtype=jnp.bfloat16)
     shapes = jax.eval_shape(partial(half.init, train=False), jax.random.key(0), image())
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
-    out = quick(partial(half.apply, train=False))(variables, image())
-    wanted = quick(partial(model.apply, train=False))(variables, image())
+    out = jax.jit(partial(half.apply, train=False))(variables, image())
+    wanted = jax.jit(partial(model.apply, train=False))(variables, image())
     assert {leaf.dtype for leaf in jax.tree.leaves(out)} == {jnp.dtype("bfloat16")}
     chex.assert_trees_all_close(
         out.maps[-1].astype(jnp.float32), wanted.maps[-1], atol=0.1, rtol=0.05

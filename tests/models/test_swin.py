@@ -13,8 +13,6 @@ from vit_jax.models.swin import PatchMerging, Swin, SwinBlock
 from vit_jax.pretrained import names
 from vit_jax.pretrained.families.swin import HF
 
-# Less optimised code is compiled in half the time.
-quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 GOLDEN = Path(__file__).parents[1] / "golden" / "swin_tiny.npz"
 TINY = partial(Swin, width=8, depths=(2, 2), heads=(2, 4), window=2)
 
@@ -87,7 +85,7 @@ def published():
 def test_every_stage_equals_the_published_implementation(published, case):
     model, variables, arrays = published
     pixels = arrays[f"{case}/image"].astype(np.float32)
-    out = quick(partial(model.apply, train=False))(variables, pixels)
+    out = jax.jit(partial(model.apply, train=False))(variables, pixels)
     keys = [f"{case}/map_{i}" for i in range(len(golden.DEPTHS))] + [f"{case}/pooled"]
     for key, got in zip(keys, [*out.maps, out.pooled], strict=True):
         wanted = arrays[key]
@@ -106,7 +104,7 @@ def block_and_reach(shifted):
     """Which pixels of an 8x12 map change when pixel (3, 5) does, with windows of 4."""
     block = SwinBlock(heads=2, window=4, shifted=shifted)
     x = image(shape=(1, 8, 12, 4))
-    apply = quick(partial(block.apply, random_variables(block, x), train=False))
+    apply = jax.jit(partial(block.apply, random_variables(block, x), train=False))
     change = apply(x.at[0, 3, 5, 0].add(1.0)) - apply(x)
     return np.asarray(jnp.abs(change).sum(-1)[0] > 0)
 
@@ -127,7 +125,7 @@ def test_a_map_no_larger_than_the_window_is_not_shifted():
     x = image(shape=(1, 3, 5, 4))
     variables = random_variables(SwinBlock(heads=2, window=3), x)
     regular, shifted = (
-        quick(partial(SwinBlock(heads=2, window=3, shifted=s).apply, train=False))(variables, x)
+        jax.jit(partial(SwinBlock(heads=2, window=3, shifted=s).apply, train=False))(variables, x)
         for s in (False, True)
     )
     chex.assert_trees_all_equal(regular, shifted)
@@ -148,7 +146,7 @@ def test_patch_merging_lays_columns_of_neighbours_side_by_side():
 
 def test_pooled_is_the_mean_of_the_normalised_last_map(tiny):
     model, variables = tiny
-    out = quick(partial(model.apply, train=False))(variables, image())
+    out = jax.jit(partial(model.apply, train=False))(variables, image())
     assert [m.shape for m in out.maps] == [(2, 5, 6, 8), (2, 3, 3, 16)]
     last = np.asarray(out.maps[-1])
     normal = (last - last.mean(-1, keepdims=True)) / np.sqrt(last.var(-1, keepdims=True) + 1e-5)
@@ -159,7 +157,7 @@ def test_pooled_is_the_mean_of_the_normalised_last_map(tiny):
 
 def test_an_image_does_not_depend_on_the_others_of_its_batch(tiny):
     model, variables = tiny
-    apply = quick(partial(model.apply, train=False))
+    apply = jax.jit(partial(model.apply, train=False))
     both = image()
     other = both.at[1].set(image(5)[1])
     chex.assert_trees_all_equal(
@@ -178,7 +176,7 @@ def test_scan_and_remat_change_neither_values_nor_gradients():
             out = small(**how).apply({"params": params}, x, train=False)
             return jnp.sin(out.maps[0]).sum() + jnp.sin(out.pooled).sum()
 
-        return quick(jax.value_and_grad(loss))(params)
+        return jax.jit(jax.value_and_grad(loss))(params)
 
     def stacked(params):  # one pair of blocks, with an axis in front
         return params | {"stage_1": {"blocks": jax.tree.map(lambda x: x[None], params["stage_1"])}}
@@ -196,8 +194,8 @@ def test_a_scanned_stage_runs_its_pairs_in_order():
     blocks = [params["stage_1"][f"block_{i}"] for i in range(4)]
     pairs = [{"block_0": blocks[i], "block_1": blocks[i + 1]} for i in (0, 2)]
     stage = {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs)}
-    wanted = quick(partial(plain.apply, train=False))({"params": params}, x)
-    got = quick(partial(plain.clone(scan=True).apply, train=False))(
+    wanted = jax.jit(partial(plain.apply, train=False))({"params": params}, x)
+    got = jax.jit(partial(plain.clone(scan=True).apply, train=False))(
         {"params": params | {"stage_1": stage}}, x
     )
     chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-5)
@@ -208,7 +206,7 @@ def test_drop_path_acts_in_training_only(scan):
     x = image()
     model = TINY(drop_path=0.5, scan=scan)
     variables = random_variables(model, x)
-    apply = quick(model.apply, static_argnames="train")
+    apply = jax.jit(model.apply, static_argnames="train")
     rngs = [{"dropout": jax.random.key(seed)} for seed in range(3)]
     still = [apply(variables, x, train=False, rngs=r).pooled for r in rngs]
     chex.assert_trees_all_equal(*still)
@@ -221,8 +219,8 @@ def test_bfloat16_computes_close_by_and_keeps_float32_parameters(tiny):
     half = TINY(dtype=jnp.bfloat16)
     shapes = jax.eval_shape(partial(half.init, train=False), jax.random.key(0), image())
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
-    out = quick(partial(half.apply, train=False))(variables, image())
-    wanted = quick(partial(model.apply, train=False))(variables, image())
+    out = jax.jit(partial(half.apply, train=False))(variables, image())
+    wanted = jax.jit(partial(model.apply, train=False))(variables, image())
     assert {leaf.dtype for leaf in jax.tree.leaves(out)} == {jnp.dtype("bfloat16")}
     chex.assert_trees_all_close(
         out.maps[-1].astype(jnp.float32), wanted.maps[-1], atol=0.1, rtol=0.05
