@@ -1,0 +1,66 @@
+"""Live, where PyTorch, transformers and timm are installed: python -m pytest -m peers."""
+
+import numpy as np
+import pytest
+
+import vit_jax
+from tests.golden.report import LIMIT, ROWS, Row, hf, measure
+from vit_jax.pretrained import hf as form
+
+pytestmark = [
+    pytest.mark.peers,
+    pytest.mark.filterwarnings("default"),  # theirs are not ours to mend
+]
+TINY = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+VIT = TINY | {"intermediate_size": 48, "image_size": 32, "patch_size": 8}
+SWIN = {"embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "image_size": 48}
+S32, S48 = (32, 32), (48, 48)
+SMALL = (
+    hf("ViT", "ViT", [S32, (40, 56)], {"interpolate_pos_encoding": True}, **VIT),
+    hf("BEiT", "Beit", [S32], use_relative_position_bias=True, **VIT),
+    hf("DINOv2", "Dinov2", [S32, (40, 56)], **VIT),
+    hf("DINOv2 registers", "Dinov2WithRegisters", [S32, (40, 56)], **VIT),
+    hf("Swin", "Swin", [S48, (50, 62)], window_size=3, **SWIN),
+    hf("Swin V2", "Swinv2", [S48, (50, 62)], window_size=3, **SWIN),
+    hf("CvT", "Cvt", [S48, (50, 62)], embed_dim=[8, 16, 24], depth=[1, 2, 3], num_heads=[1, 2, 4]),
+    hf("ResNet", "ResNet", [S48, (50, 62)], embedding_size=8, hidden_sizes=[32, 64], depths=[1, 2]),
+)
+
+
+@pytest.fixture(autouse=True)
+def _installed():
+    for name in ("torch", "transformers", "timm"):
+        pytest.importorskip(name)
+
+
+@pytest.mark.parametrize("row", SMALL, ids=lambda row: row.name)
+def test_logits_agree_with_the_live_peer(row: Row):
+    assert max(measure(row)["differences"].values()) < LIMIT
+
+
+@pytest.mark.parametrize("row", SMALL, ids=lambda row: row.name)
+def test_transformers_opens_what_was_written_with_the_same_logits(row: Row, tmp_path):
+    import torch
+    import transformers
+
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    ours.mkdir()
+    row.make().save_pretrained(theirs)
+    loaded = vit_jax.load(theirs)
+    form.save(loaded, ours)
+    model, told = transformers.AutoModelForImageClassification.from_pretrained(
+        ours, output_loading_info=True
+    )
+    without_effect = ("num_batches_tracked", "mask_token")  # the second only in pre-training
+    for kind, names in told.items():
+        assert not {n for n in names if not str(n).endswith(without_effect)}, kind
+    image = np.random.default_rng(0).normal(size=(2, 3, *row.sizes[0])).astype(np.float32)
+    with torch.no_grad():
+        want = model.eval()(torch.from_numpy(image)).logits.numpy()
+    got = np.asarray(loaded(image=image.transpose(0, 2, 3, 1)))
+    assert np.abs(got - want).max() / np.abs(want).max() < LIMIT
+
+
+def test_the_published_sizes_have_names_of_their_own():
+    names = [(row.peer, row.name) for row in ROWS]
+    assert len(set(names)) == len(names)
