@@ -45,7 +45,7 @@ def test_bicubic_torch_equals_pytorch():
 def test_bilinear_torch_takes_two_neighbours_even_where_it_shrinks():
     # torch.nn.functional.interpolate(x, size=..., mode="bilinear", align_corners=False)
     got = resize_matrix(7, 3, "bilinear_torch") @ np.arange(7.0) ** 2
-    np.testing.assert_allclose(got, [2 / 3, 9.0, 28 + 1 / 3], rtol=1e-6)
+    np.testing.assert_allclose(got, [2 / 3, 9.0, 28 + 2 / 3], rtol=1e-6)
 
 
 def test_dinov2_stretches_by_a_tenth_of_an_entry():

@@ -161,12 +161,12 @@ def test_the_map_is_in_reading_order_and_the_token_is_apart():
 def test_each_pooling_reads_its_tokens():
     found = {}
     for pooling in vit.POOLINGS:
-        model = TINY(pooling=pooling, distilled=pooling == "token", registers=2)
+        model = TINY(pooling=pooling, distilled=pooling == "token", registers=2, depth=1)
         variables = random_variables(model, 8, 12)
         apply = quick(partial(model.apply, train=False, capture_intermediates=True))
         features, state = apply(variables, image(8, 12))
         state = state["intermediates"]
-        last, normal = state["block_1"]["__call__"][0], state["norm"]["__call__"][0]
+        last, normal = state["block_0"]["__call__"][0], state["norm"]["__call__"][0]
         found[pooling] = features.pooled
         tokens = {"mean": 0, "token": 2, "tokens": 2}.get(pooling, 1)
         assert last.shape == (2, tokens + 2 + 6, 12)  # two registers, six patches
