@@ -5,7 +5,9 @@ import pytest
 
 import vit_jax
 from tests.golden.report import LIMIT, ROWS, Row, hf, measure
+from vit_jax.errors import CheckpointError
 from vit_jax.pretrained import hf as form
+from vit_jax.pretrained.arrays import open_pth
 
 pytestmark = [
     pytest.mark.peers,
@@ -59,6 +61,37 @@ def test_transformers_opens_what_was_written_with_the_same_logits(row: Row, tmp_
         want = model.eval()(torch.from_numpy(image)).logits.numpy()
     got = np.asarray(loaded(image=image.transpose(0, 2, 3, 1)))
     assert np.abs(got - want).max() / np.abs(want).max() < LIMIT
+
+
+@pytest.mark.parametrize("wrapper", ["", "model", "state_dict"])
+def test_a_pickle_of_pytorch_gives_its_weights(wrapper, tmp_path):
+    import ml_dtypes
+    import torch
+
+    weights = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
+    saved = {f"module.{k}": v for k, v in weights.items()}
+    torch.save({wrapper: saved, "epoch": 3} if wrapper else saved, tmp_path / "model.pth")
+    found = open_pth(tmp_path / "model.pth")
+    assert found.shapes == {"a": (2, 3), "b": (4,)}
+    assert found.dtypes == {"a": "float32", "b": "bfloat16"}
+    np.testing.assert_array_equal(found["a"], weights["a"].numpy())
+    np.testing.assert_array_equal(found["b"], np.ones(4, ml_dtypes.bfloat16))
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    import torch
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    torch.save({"a": torch.ones(2), "bomb": Bomb()}, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match="could run code"):
+        open_pth(tmp_path / "model.pth")
+    assert not (tmp_path / "executed").exists()
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "model.pth").read_bytes()[:300])
+    with pytest.raises(CheckpointError, match="was not read"):
+        open_pth(tmp_path / "cut.pth")
 
 
 def test_the_published_sizes_have_names_of_their_own():

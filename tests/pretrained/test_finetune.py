@@ -122,6 +122,19 @@ def test_swin_may_have_another_window():
     assert any("from 5x5 to 7x7 (bicubic_torch) in 4 blocks" in r for r in warm.remarks)
 
 
+def test_biases_of_beit_follow_the_shape_of_the_image():
+    beit = {k: v for k, v in VIT.items() if k != "target"} | {"target": "models.beit.Beit"}
+    source, there = opened(beit)
+    warm, _, filled = start(source, classifier(beit | {"image_size": (16, 24)}, 5))
+    old, new = (
+        v["params"]["backbone"]["block_1"]["relative_position_bias"] for v in (there, filled)
+    )
+    assert (old.shape, new.shape) == ((7 * 7 + 3, 2), (7 * 11 + 3, 2))
+    np.testing.assert_array_equal(new[-3:], old[-3:])  # those of the class token
+    np.testing.assert_allclose(new[7 * 11 // 2], old[24], atol=1e-6)  # no offset, in the middle
+    assert any("from 7x7 to 7x11 (bilinear_torch) in 2 blocks" in r for r in warm.remarks)
+
+
 def test_scanned_blocks_start_from_single_ones_and_back():
     source, _ = opened(VIT)
     scanned = classifier(VIT | {"scan": True}, 5)

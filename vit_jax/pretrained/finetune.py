@@ -160,7 +160,7 @@ def warm_start(opened: Opened, module: nn.Module, variables: Any, skip: str = ""
         there = theirs.get(path)
         if path in skipped:
             fresh.append(path)
-        elif there == shape or (there and resample.resizable(path, there, shape)):
+        elif there == shape or (there and resample.resizable(path, there, shape, module)):
             taken.add(path)
         elif "/backbone/" not in path:
             heads[path] = f"{list(there)} there" if there else "not there"

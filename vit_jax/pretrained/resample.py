@@ -35,15 +35,15 @@ def fit(paths: Paths, wanted: Shapes, module: nn.Module) -> tuple[Paths, list[st
     wrong = [
         f"{path} {shape}, wanted {tuple(wanted[path])}"
         for path, shape in old.items()
-        if shape != tuple(wanted.get(path, shape)) and not resizable(path, shape, wanted[path])
+        if shape != tuple(wanted.get(path, shape))
+        and not resizable(path, shape, wanted[path], module)
     ]
     if wrong:
         raise CheckpointError(f"{len(wrong)} shapes do not fit: {', '.join(wrong[:8])}")
-    method = _method(module)
     fitted = {
         path: array
         if old[path] == tuple(wanted.get(path, old[path]))
-        else _resampled(path, array, wanted[path], method)
+        else _resampled(path, array, wanted[path], module)
         for path, array in paths.items()
     }
     return fitted, sentences(old, wanted, module)
@@ -60,7 +60,7 @@ def sentences(old: Shapes, wanted: Shapes, module: nn.Module) -> list[str]:
         if path.endswith("position/grid"):
             what, sides = "positions", (shape[:2], new[:2])
         else:
-            what, sides = "position biases", (_sides(shape[0])[0], _sides(new[0])[0])
+            what, sides = "position biases", (_sides(shape[0])[0], _sides(new[0], module)[0])
         grids = [f"{side[0]}x{side[1]}" for side in sides]
         text = f"{what} resampled from {grids[0]} to {grids[1]} ({method})"
         told[text] = told.get(text, 0) + 1
@@ -71,34 +71,42 @@ def _method(module: nn.Module) -> str:
     return getattr(getattr(module, "backbone", module), "position_resize", TABLE)
 
 
-def resizable(path: str, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
-    """Whether a parameter is a map of places that can be resampled from one shape to the other."""
+def resizable(path: str, old: tuple[int, ...], new: tuple[int, ...], module: nn.Module) -> bool:
+    """Whether a parameter is a map of places that can be resampled to the shape in a module."""
     if len(old) != len(new) or old[-1] != new[-1]:
         return False
     if path.endswith("position/grid"):
         return True
-    return path.endswith("relative_position_bias") and all(_sides(n[0]) for n in (old, new))
+    known = _sides(old[0]) and _sides(new[0], module)
+    return path.endswith("relative_position_bias") and known is not None
 
 
-def _resampled(path: str, array: Array, shape: tuple[int, ...], method: str) -> jax.Array:
-    numbers = jnp.asarray(array, jnp.float32)
+def _resampled(path: str, array: Array, shape: tuple[int, ...], module: nn.Module) -> jax.Array:
+    numbers, method = jnp.asarray(array, jnp.float32), _method(module)
     if path.endswith("position/grid"):
         return resize_grid(numbers, shape[:2], method).astype(array.dtype)
-    (old, _), (new, _) = _sides(array.shape[0]), _sides(shape[0])
-    square, rest = numbers[: old[0] * old[1]], numbers[old[0] * old[1] :]
-    square = resize_grid(square.reshape(*old, -1), new, method).reshape(-1, shape[1])
-    return jnp.concatenate([square, rest]).astype(array.dtype)
+    (old, _), (new, _) = _sides(array.shape[0]), _sides(shape[0], module)
+    offsets, rest = numbers[: old[0] * old[1]], numbers[old[0] * old[1] :]
+    offsets = resize_grid(offsets.reshape(*old, -1), new, method).reshape(-1, shape[1])
+    return jnp.concatenate([offsets, rest]).astype(array.dtype)
 
 
-def _sides(rows: int) -> tuple[tuple[int, int], int] | None:
-    """(sides of a square table of offsets, rows behind it); None if it is none.
+def _sides(rows: int, module: nn.Module | None = None) -> tuple[tuple[int, int], int] | None:
+    """(sides of a table of offsets, rows behind it); None if it is none.
 
-    Sides are odd; BEiT has three more rows for its class token.
+    A table is square and its sides are odd, unless the module's image is not square. BEiT has three
+    more rows for its class token.
     """
     for extra in (0, 3):
         side = round((rows - extra) ** 0.5)
         if side % 2 and side * side == rows - extra:
             return (side, side), extra
+    backbone = getattr(module, "backbone", module)
+    size, patch = getattr(backbone, "image_size", 0), getattr(backbone, "patch", 0)
+    if isinstance(size, tuple) and patch:
+        tall, wide = (2 * (side // patch) - 1 for side in size)
+        if tall * wide <= rows <= tall * wide + 3:
+            return (tall, wide), rows - tall * wide
     return None
 
 

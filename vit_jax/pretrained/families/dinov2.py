@@ -108,6 +108,8 @@ def to_hf(backbone: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
     }
     if backbone["registers"]:
         settings["num_register_tokens"] = backbone["registers"]
+    else:
+        settings["use_mask_token"] = False
     model = "Dinov2WithRegisters" if backbone["registers"] else "Dinov2"
     return swin.hf_config(kind, model, num_classes) | settings
 
