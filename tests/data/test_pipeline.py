@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import pipeline
+from vit_jax.data import geometry, pipeline, scenes
+from vit_jax.data.geometry import Pad, ResizeShortSide, boxes_of_masks
 from vit_jax.data.transforms import (
+    ColorJitter,
     MixUpCutMix,
     RandAugment,
     RandomCrop,
@@ -344,3 +346,154 @@ def _environment(process):
         return (process / "environ").read_text(errors="replace")
     except OSError:
         return ""
+
+
+@dataclasses.dataclass
+class Objects(Pictures):
+    """Noisy pictures of many sizes, with boxes, masks and classes, and without labels."""
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            return {"image": b"I am text", "boxes": np.zeros((0, 4)), "box_label": np.zeros(0)}
+        height, width = self.size(index)
+        rng = np.random.default_rng(index)
+        masks = np.zeros((index % 4, height, width), bool)
+        for mask in masks:
+            top, left = rng.integers(height - 3), rng.integers(width - 3)
+            mask[top : top + rng.integers(2, 9), left : left + rng.integers(2, 9)] = True
+        return {
+            "image": rng.integers(1, 256, (height, width, 3), np.uint8),
+            "boxes": boxes_of_masks(masks),
+            "box_label": np.arange(len(masks), dtype=np.int32),
+            "masks": masks,
+            "segmentation": masks.any(0).astype(np.uint8),
+        }
+
+    def size(self, index):
+        if index in self.broken:
+            raise DataError("no picture")
+        return 12 + index % 5, 12 + 3 * (index % 4)
+
+
+@dataclasses.dataclass
+class Sizeless(Pictures):
+    """The same, whose sizes only the pictures tell."""
+
+    def __getitem__(self, index):
+        return Objects(self.count, self.broken)[index]
+
+
+DENSE = (
+    ResizeShortSide((12, 16), longest=30),
+    geometry.RandomFlip(),
+    ColorJitter(brightness=0.3),
+    Standardize(),
+    Pad(((16, 20), (16, 24), (24, 32)), boxes=3, masks=True),
+)
+
+
+def test_a_padded_batch_holds_what_the_contract_says():
+    batches = train(Objects(), DENSE, batch_size=3, steps=12)
+    for batch in batches:
+        H, W = batch["image"].shape[1:3]
+        kinds = {key: (value.shape, str(value.dtype)) for key, value in batch.items()}
+        assert kinds == {
+            "image": ((3, H, W, 3), "float32"),
+            "image_mask": ((3, H, W), "bool"),
+            "boxes": ((3, 3, 4), "float32"),
+            "box_label": ((3, 3), "int32"),
+            "masks": ((3, 3, H, W), "bool"),
+            "segmentation": ((3, H, W), "int32"),
+            "valid": ((3,), "bool"),
+            "index": ((3,), "int64"),
+        }
+        used = [np.flatnonzero(batch["image_mask"].any((0, 2 - axis)))[-1] + 1 for axis in (0, 1)]
+        smaller = [s for s in DENSE[-1].shapes if s[0] * s[1] < H * W]
+        assert not any(s[0] >= used[0] and s[1] >= used[1] for s in smaller)
+        for row, index in enumerate(batch["index"]):
+            assert (batch["box_label"][row] >= 0).sum() == index % 4
+    assert len({batch["image"].shape for batch in batches}) > 1
+
+
+@pytest.mark.parametrize("kind", [Objects, Sizeless])
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_choose_the_same_shape_and_share_each_batch(hosts, kind):
+    dataset = kind(broken=(3, 10))
+    whole = train(Objects(broken=(3, 10)), DENSE, steps=8)
+    parts = [
+        train(dataset, DENSE, steps=8, process_index=p, process_count=hosts) for p in range(hosts)
+    ]
+    joined = [
+        {k: np.concatenate([part[k] for part in step]) for k in step[0]} for step in zip(*parts)
+    ]
+    assert_same(joined, whole)
+    assert not all(batch["valid"].all() for batch in whole)
+
+
+def test_padded_streams_resume_and_do_not_depend_on_threads():
+    whole = train(Objects(), DENSE, batch_size=40)
+    assert_same(train(Objects(), DENSE, batch_size=40, threads=3), whole)
+    assert_same(train(Objects(), DENSE, batch_size=40, start_step=4, steps=2), whole[4:])
+
+
+def test_rows_of_a_padded_batch_that_hold_nothing_have_no_boxes_and_no_classes():
+    dataset = Objects(6, broken=(1, 4))
+    batches = list(pipeline.eval_batches(dataset, DENSE, batch_size=4))
+    assert [batch["valid"].tolist() for batch in batches] == [
+        [True, False, True, True],
+        [False, True, False, False],
+    ]
+    for batch in batches:
+        empty = ~batch["valid"]
+        assert (batch["box_label"][empty] == -1).all()
+        assert (batch["segmentation"][empty] == 255).all()
+        assert not batch["image_mask"][empty].any()
+    assert pipeline.broken(batches[0], dataset) == [
+        "picture 1: no picture: it starts with 'I am text' (9 bytes)"
+    ]
+
+
+def test_examples_without_labels_need_no_padding():
+    dataset = scenes.open("validation")
+    (batch,) = train(_Keys(dataset, ("image", "segmentation")), (Standardize(),), steps=1)
+    assert batch.keys() == {"image", "segmentation", "valid", "index"}
+
+
+class _Keys:
+    def __init__(self, dataset, keys):
+        self.dataset, self.keys = dataset, keys
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        return {key: self.dataset[index][key] for key in self.keys}
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_pictures_that_do_not_fit_the_padding_are_named(threads):
+    last = DENSE[:-1]
+    for pad, text in {
+        Pad(((16, 20), (16, 22)), boxes=3): r"picture \d+ is \d+ x 2\d pixels.*16 x 20, 16 x 22",
+        Pad(((16, 20),), boxes=3): r"picture \d+ is \d+ x 2\d pixels.*none of Pad's shapes",
+        Pad(((24, 32),), boxes=2): r"picture \d+ has 3 boxes, and Pad's boxes=2",
+    }.items():
+        with pytest.raises(ConfigError, match=text):
+            train(Objects(), (*last, pad), threads=threads)
+
+
+def test_steps_that_leave_boxes_behind_are_refused():
+    for step in (RandomFlip(), Resize(9), RandAugment()):
+        name = type(step).__name__
+        with pytest.raises(ConfigError, match=f"{name} moves the picture and not its boxes"):
+            train(Objects(), (step, *DENSE))
+    with pytest.raises(ConfigError, match="Pad's boxes=3, and the dataset has no boxes"):
+        train(Pictures(), DENSE)
+    with pytest.raises(ConfigError, match="Pad must be the last"):
+        train(Objects(), DENSE[::-1])
+    with pytest.raises(ConfigError, match="ResizeShortSide must come before ColorJitter"):
+        train(Objects(), (ColorJitter(), *DENSE))
+    with pytest.raises(ConfigError, match="MixUpCutMix cannot mix pictures of different sizes"):
+        train(Objects(), DENSE, mix=MixUpCutMix(3))
+    with pytest.raises(DataError, match=r"none of the first 3 pictures.* picture 0: no picture"):
+        train(Objects(3, broken=(0, 1, 2)), DENSE)

@@ -102,8 +102,8 @@ ROWS = (
     hf("ViT-L/16", "ViT", [S224, VIT_ODD], ANY, **vit(1024, 24)),
     deit("DeiT-S distilled", **vit(384)),
     deit("DeiT-B distilled", **vit(768)),
-    hf("BEiT-B/16", "Beit", [S224], use_relative_position_bias=True, **vit(768)),
-    hf("BEiT-L/16", "Beit", [S224], use_relative_position_bias=True, **vit(1024, 24)),
+    hf("BEiT-B/16", "Beit", [S224, VIT_ODD], ANY, use_relative_position_bias=True, **vit(768)),
+    hf("BEiT-L/16", "Beit", [S224, VIT_ODD], ANY, use_relative_position_bias=True, **vit(1024, 24)),
     hf("DINOv2-S/14", "Dinov2", [S224, DINO_ODD], **vit(384), image_size=518, patch_size=14),
     hf("DINOv2-B/14", "Dinov2", [S224, DINO_ODD], **vit(768), image_size=518, patch_size=14),
     hf(

@@ -21,7 +21,9 @@ from absl import flags
 import vit_jax.data
 from vit_jax.contracts import Batch, Dataset, Example, Transform
 from vit_jax.data import tfds
+from vit_jax.data import transforms as of_pictures
 from vit_jax.data.decode import MAX_PIXELS, decode
+from vit_jax.data.geometry import Pad, Pixels, picture_size
 from vit_jax.errors import ConfigError, DataError, nearest
 
 READY = 2  # batches that are made in advance
@@ -29,6 +31,17 @@ BLANK = (256, 256, 3)  # a picture's shape where none can be read
 TRIED = 16  # examples among which to look for a picture that can be read
 FOREVER = sys.maxsize // 4
 ROWS, PAIRS, EVALUATION, ORDER = range(4)  # independent streams of randomness
+# Steps that move a picture and leave what lies on it where it was.
+PICTURE_ONLY = (
+    of_pictures.Resize,
+    of_pictures.ResizeCenterCrop,
+    of_pictures.CenterCrop,
+    of_pictures.RandomResizedCrop,
+    of_pictures.RandomCrop,
+    of_pictures.RandomFlip,
+    of_pictures.RandAugment,
+)
+ON_PICTURE = ("boxes", "masks", "segmentation")
 
 
 def open_dataset(name: str, split: str, data_dir: str = "", **options: Any) -> Dataset:
@@ -93,7 +106,8 @@ def train_batches(
 
     Args:
       dataset: where the examples come from.
-      transforms: applied one after the other; the last result has a fixed size.
+      transforms: applied one after the other; the last result has a fixed size, or the last of
+        them is `data.geometry.Pad`, which makes a batch of pictures of different sizes.
       batch_size: B, over all hosts.
       seed: 0 to 2**32 - 1.
       start_step: number of the first batch; any costs the same.
@@ -107,11 +121,14 @@ def train_batches(
     Returns:
       An iterator; `close()` ends its threads and processes. A batch has `image`, `label` and what
       else the examples hold, `index` (in the dataset), `valid` (False where the picture is broken:
-      its row is all zeros, see `broken`), and what `mix` adds.
+      its row is all zeros, see `broken`), and what `mix` adds. With `Pad`, what that says, in the
+      smallest of its shapes that holds every row of the global batch: each host works that out
+      from the sizes of all its pictures, which `dataset.size(index)` tells, or the files' headers.
 
     Raises:
-      ConfigError: if the sizes do not fit; while iterating, if pictures of different sizes meet.
-      DataError: if the dataset is empty.
+      ConfigError: if the sizes do not fit, or a transform would leave boxes or masks behind; while
+        iterating, if pictures of different sizes meet, or one does not fit `Pad`.
+      DataError: if the dataset is empty, or, with `Pad`, the first pictures are all broken.
     """
     if not 0 <= seed < 2**32:
         raise ConfigError(f"seed={seed!r} must lie between 0 and 2**32 - 1")
@@ -121,9 +138,10 @@ def train_batches(
             f"batch_size={batch_size} over {process_count} hosts is {rows} rows each, but mixing "
             f"pairs of rows needs an even number: try {batch_size + process_count}"
         )
+    template = _template(dataset, transforms, mix, max_pixels)
     batches = _Batches(
         dataset=dataset,
-        transforms=tuple(transforms),
+        transforms=_before_pad(transforms),
         rows=rows,
         stride=batch_size,
         first=process_index * rows,
@@ -132,7 +150,8 @@ def train_batches(
         mix=mix,
         max_pixels=max_pixels,
         threads=-(-threads // max(workers, 1)),
-        template=_template(dataset, transforms, mix, max_pixels),
+        template=template,
+        pad=_pad(transforms),
     )
     return _iterate(batches, start_step, threads > 0, workers)
 
@@ -155,9 +174,10 @@ def eval_batches(
     are those of `train_batches`.
     """
     rows = _rows_of_host(batch_size, process_count)
+    template = _template(dataset, transforms, None, max_pixels)
     batches = _Batches(
         dataset=dataset,
-        transforms=tuple(transforms),
+        transforms=_before_pad(transforms),
         rows=rows,
         stride=batch_size,
         first=process_index * rows,
@@ -166,7 +186,8 @@ def eval_batches(
         mix=None,
         max_pixels=max_pixels,
         threads=-(-threads // max(workers, 1)),
-        template=_template(dataset, transforms, None, max_pixels),
+        template=template,
+        pad=_pad(transforms),
     )
     return _iterate(batches, 0, threads > 0, workers)
 
@@ -199,28 +220,80 @@ def _random(seed: int, stream: int, position: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, position]))
 
 
+def _pad(transforms: Sequence[Transform]) -> Pad | None:
+    return transforms[-1] if transforms and isinstance(transforms[-1], Pad) else None
+
+
+def _before_pad(transforms: Sequence[Transform]) -> tuple[Transform, ...]:
+    """All steps but `Pad`; ConfigError if that is not the last, or its shapes cannot be chosen."""
+    pad = _pad(transforms)
+    steps = tuple(transforms[:-1] if pad else transforms)
+    if any(isinstance(step, Pad) for step in steps):
+        raise ConfigError("Pad must be the last of the transforms")
+    if pad and len(pad.shapes) > 1:
+        known = [hasattr(step, "sized") for step in steps]
+        if not all(known[: sum(known)]):
+            late, early = known.index(True, known.index(False)), known.index(False)
+            raise ConfigError(
+                f"{type(steps[late]).__name__} must come before {type(steps[early]).__name__}: "
+                "Pad chooses among several shapes by the sizes that come out of the first steps"
+            )
+    return steps
+
+
 def _template(
     dataset: Dataset, transforms: Sequence[Transform], mix: Transform | None, max_pixels: int | None
-) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and type of a row of each entry, read off the first picture that is not broken."""
+) -> Example | dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and type of a row of each entry, read off the first picture that is not broken.
+
+    With `Pad`, which knows them, that example itself, without its arrays.
+    """
     if not len(dataset):
         raise DataError("the dataset has no examples")
+    pad, reason = _pad(transforms), ""
     example: Example = {"image": np.zeros(BLANK, np.uint8), "label": 0}
     for index in range(min(len(dataset), TRIED)):
         try:
             example = decoded(dataset[index], max_pixels)
             break
-        except DataError:
-            continue
+        except DataError as error:
+            reason = reason or f"{dataset.name(index)}: {error}"
+    else:
+        if pad is not None:
+            raise DataError(f"none of the first {index + 1} pictures can be read. {reason}")
+    _check_moves(example, transforms)
+    _before_pad(transforms)
+    if pad is not None:
+        if mix is not None:
+            raise ConfigError(f"{type(mix).__name__} cannot mix pictures of different sizes (Pad)")
+        for key, wanted in (("boxes", pad.boxes), ("masks", pad.masks)):
+            if wanted and key not in example:
+                raise ConfigError(f"Pad's {key}={wanted}, and the dataset has no {key}")
+        return dict.fromkeys(example)
     rng = _random(0, ROWS, 0)
     for transform in transforms:
         example = transform(example, rng)
     row = {k: np.asarray(v) for k, v in example.items()} | {"valid": np.array(True)}
-    row["label"] = row["label"].astype(np.int32)
+    if "label" in row:
+        row["label"] = row["label"].astype(np.int32)
+    elif mix is not None:
+        raise ConfigError(f"{type(mix).__name__} mixes labels, and the dataset has none")
     if mix is not None:
         pair = mix({k: np.stack([v, v]) for k, v in row.items()}, rng)
         row = {k: v[0] for k, v in pair.items()}
     return {k: (v.shape, v.dtype) for k, v in (row | {"index": np.int64(0)}).items()}
+
+
+def _check_moves(example: Example, transforms: Sequence[Transform]) -> None:
+    """ConfigError if a step would move the picture away under its boxes or masks."""
+    lying = [key for key in ON_PICTURE if key in example]
+    for transform in transforms if lying else ():
+        if isinstance(transform, PICTURE_ONLY):
+            name = type(transform).__name__
+            raise ConfigError(
+                f"data.transforms.{name} moves the picture and not its {lying[0]}: take a step of "
+                "data.geometry, such as Resize, ResizeShortSide, ScaleJitterCrop or RandomFlip"
+            )
 
 
 @dataclasses.dataclass
@@ -237,9 +310,11 @@ class _Batches:
     mix: Transform | None
     max_pixels: int | None
     threads: int
-    template: dict[str, tuple[tuple[int, ...], np.dtype]]
+    template: Example | dict[str, tuple[tuple[int, ...], np.dtype]]
+    pad: Pad | None = None
 
     def __post_init__(self):
+        self._sizes: dict[int, Pixels | None] = {}  # of pictures, as their headers say
         self._orders: dict[int, np.ndarray] = {}  # of the last few epochs
         self._pool = None
         if self.threads:  # they start with the first batch
@@ -257,11 +332,8 @@ class _Batches:
 
     def __getitem__(self, number: int) -> Batch:
         start = int(number) * self.stride + self.first
-        batch = {
-            key: np.zeros((self.rows, *shape), dtype)
-            for key, (shape, dtype) in self.template.items()
-        }
-        batch["index"][:] = self._indices(start)
+        indices = self._indices(start, self.rows)
+        batch = self._empty(int(number)) | {"index": indices}
         # Parts are of whole pairs, and more than one a thread, since pictures differ in cost.
         size = max(-(-self.rows // (2 * max(self.threads, 1))), 16)
         size += size % 2
@@ -275,9 +347,49 @@ class _Batches:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _indices(self, start: int) -> np.ndarray:
+    def _empty(self, number: int) -> Batch:
+        """Rows that hold nothing."""
+        if self.pad is not None:
+            batch = self.pad.empty(self.rows, self._shape(number), self.template)
+            return batch | {"valid": np.zeros(self.rows, bool)}
+        return {
+            key: np.zeros((self.rows, *shape), dtype)
+            for key, (shape, dtype) in self.template.items()
+        }
+
+    def _shape(self, number: int) -> Pixels:
+        """Of a batch, over all hosts: what its pictures' sizes become, without their pixels."""
+        if len(self.pad.shapes) == 1:
+            return tuple(self.pad.shapes[0])
+        start, sizes = number * self.stride, []
+        stream = ROWS if self.shuffled else EVALUATION
+        for place, index in enumerate(self._indices(start, self.stride), start):
+            size = self._size(int(index)) if index >= 0 else None
+            if size is None:
+                continue
+            rng = _random(self.seed, stream, place)
+            for transform in self.transforms:
+                size = transform.sized(size, rng) if hasattr(transform, "sized") else size
+            self.pad.check(size, self.dataset.name(int(index)))
+            sizes.append(size)
+        return self.pad.shape(sizes)
+
+    def _size(self, index: int) -> Pixels | None:
+        """Of a picture before the transforms; None if it is broken."""
+        if index not in self._sizes:
+            try:
+                if hasattr(self.dataset, "size"):
+                    size = self.dataset.size(index)
+                else:
+                    size = picture_size(self.dataset[index]["image"])
+            except DataError:
+                size = None
+            self._sizes[index] = size
+        return self._sizes[index]
+
+    def _indices(self, start: int, rows: int) -> np.ndarray:
         """Which examples stand from that place of the stream on; -1 after the end."""
-        count, places = len(self.dataset), start + np.arange(self.rows)
+        count, places = len(self.dataset), start + np.arange(rows)
         if not self.shuffled:
             return np.where(places < count, places, -1)
         epochs = places // count
@@ -308,7 +420,11 @@ class _Batches:
             rng = _random(self.seed, stream, start + row)
             for transform in self.transforms:
                 example = transform(example, rng)
-            self._put(batch, row, example)
+            if self.pad is not None:
+                name = self.dataset.name(int(batch["index"][row]))
+                self.pad.put(batch, row, example, name)
+            else:
+                self._put(batch, row, example)
             batch["valid"][row] = True
         if self.mix is not None:
             for row in range(part.start, part.start + len(indices), 2):

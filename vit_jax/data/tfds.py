@@ -5,35 +5,80 @@ import io
 import logging
 import socket
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vit_jax.contracts import Dataset, Example
+from vit_jax.data.geometry import Pixels, check_boxes, picture_size
+from vit_jax.data.masks import Classes, check_same_size, read_mask
 from vit_jax.errors import ConfigError, DataError, nearest
 
 DEFAULT_DIR = "~/tensorflow_datasets"
 FORMAT = "array_record"
 SPLITS = {"train": ("train",), "validation": ("validation", "test")}
+SEGMENTATION = ("segmentation_mask", "annotation", "segmentation")  # what sets call their masks
+_ADE20K = (  # Zhou et al. 2017: the benchmark's 150 classes, in their order
+    "wall building sky floor tree ceiling road bed windowpane grass cabinet sidewalk person "
+    "earth door table mountain plant curtain chair car water painting sofa shelf house sea "
+    "mirror rug field armchair seat fence desk rock wardrobe lamp bathtub railing cushion base "
+    "box column signboard chest_of_drawers counter sand sink skyscraper fireplace refrigerator "
+    "grandstand path stairs runway case pool_table pillow screen_door stairway river bridge "
+    "bookcase blind coffee_table toilet flower book hill bench countertop stove palm "
+    "kitchen_island computer swivel_chair boat bar arcade_machine hovel bus towel light truck "
+    "tower chandelier awning streetlight booth television_receiver airplane dirt_track apparel "
+    "pole land bannister escalator ottoman bottle buffet poster stage van ship fountain "
+    "conveyer_belt canopy washer plaything swimming_pool stool barrel basket waterfall tent bag "
+    "minibike cradle oven ball food step tank trade_name microwave pot animal bicycle lake "
+    "dishwasher screen blanket sculpture hood sconce vase traffic_light tray ashcan fan pier "
+    "crt_screen plate monitor bulletin_board shower radiator glass clock flag"
+)
+ADE20K = tuple(name.replace("_", " ") for name in _ADE20K.split())
+CROWD = ("is_crowd", "is_difficult")  # what they call objects that nobody is blamed for
+# What the values of masks mean, which their features do not say. ADE20K's 0 is anything else.
+KNOWN = {
+    "camvid": Classes(
+        (
+            *("sky", "building", "pole", "road", "pavement", "tree", "sign_symbol", "fence"),
+            *("car", "pedestrian", "bicyclist"),
+        ),
+        ignored=(11,),
+    ),
+    "scene_parse150": Classes(ADE20K, first=1, ignored=(0,)),
+}
 
 log = logging.getLogger(__name__)
 
 
 class Tfds:
-    """One split of a prepared dataset whose examples have an `image` and a `label`.
+    """One split of a prepared dataset whose examples have an `image` and what a task wants of it.
+
+    That is a `label`; or `boxes`, `box_label` and, where the set has them, `crowd` and `area`; or
+    `segmentation`.
 
     Pictures are handed on as the bytes of their files. The files of records are opened by each
     process for itself, so that an instance can be pickled.
 
     Attributes:
-      class_names: of the label's feature.
+      class_names: of the label's feature, of the objects', or of the values of masks.
       split: the dataset's own name of the split, such as "test" for cifar10's "validation".
     """
 
-    def __init__(self, folder: Path, name: str, split: str):
+    def __init__(self, folder: Path, name: str, split: str, classes: Classes | None = None):
         self.folder, self.dataset, self.split = folder, name, split
+        self._classes = classes
         builder = self._builder()
-        self.class_names = tuple(builder.info.features["label"].names)
+        features = dict(builder.info.features.items())
+        self._mask = next((k for k in SEGMENTATION if k in features), "") if classes else ""
+        self._decoded = [key for key in ("image", self._mask) if key]
+        if classes:
+            self.class_names = classes.names
+        elif "label" in features:
+            self.class_names = tuple(features["label"].names)
+        else:
+            self.class_names = tuple(_objects(features)["label"].names)
         self._length = builder.info.splits[split].num_examples
         self._source = None
 
@@ -55,7 +100,7 @@ class Tfds:
 
             self._source = self._builder().as_data_source(
                 split=self.split,
-                decoders={"image": tfds.decode.SkipDecoding()},
+                decoders={key: tfds.decode.SkipDecoding() for key in self._decoded},
             )
         return self._source
 
@@ -68,19 +113,71 @@ class Tfds:
         Raises:
           DataError: if a record cannot be read.
         """
+        return [self._example(record) for record in self._read(indices)]
+
+    def _read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         try:
-            records = self._records.__getitems__([int(index) for index in indices])
+            return self._records.__getitems__([int(index) for index in indices])
         except Exception as error:  # of the reader, in C++, and of the parser
             raise DataError(f"a damaged record: {error}") from error
-        return [{"image": bytes(r["image"]), "label": int(r["label"])} for r in records]
+
+    def _example(self, record: dict[str, Any]) -> Example:
+        image = bytes(record["image"])
+        if self._mask:
+            values = read_mask(bytes(record[self._mask]))
+            check_same_size(values, image)
+            return {"image": image, "segmentation": self._classes.labels(values)}
+        if "label" in record:
+            return {"image": image, "label": int(record["label"])}
+        objects = record["objects"]
+        labels = np.array(objects["label"], np.int32).reshape(-1)
+        wrong = labels[(labels < 0) | (labels >= len(self.class_names))]
+        if len(wrong):
+            raise DataError(
+                f"a box has the class {wrong[0]}, but the {len(self.class_names)} classes are 0 to "
+                f"{len(self.class_names) - 1}"
+            )
+        H, W = picture_size(image)
+        # Each box is (top, left, bottom, right), as shares of the picture.
+        shares = np.array(objects["bbox"], np.float32).reshape(-1, 4)[:, [1, 0, 3, 2]]
+        boxes, kept = check_boxes(shares * np.float32((W, H, W, H)), (H, W))
+        crowd = next((np.array(objects[key], bool) for key in CROWD if key in objects), None)
+        example = {"image": image, "boxes": boxes[kept], "box_label": labels[kept]}
+        if crowd is not None:
+            example["crowd"] = crowd.reshape(-1)[kept]
+        if "area" in objects:
+            example["area"] = np.array(objects["area"], np.float32).reshape(-1)[kept]
+        return example
+
+    def size(self, index: int) -> Pixels:
+        """(H, W) of a picture."""
+        return picture_size(bytes(self._read([index])[0]["image"]))
 
     def name(self, index: int) -> str:
         """Such as `cifar10 test 17`."""
         return f"{self.dataset} {self.split} {index}"
 
 
-def open(split: str, *, name: str, data_dir: str = "", beside: Sequence[str] = ()) -> Dataset:
+def _objects(features: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The features of one object; nothing where the set has no objects with boxes and classes."""
+    inner = getattr(features.get("objects"), "feature", {})
+    return inner if {"bbox", "label"} <= set(inner) else {}
+
+
+def open(
+    split: str,
+    *,
+    name: str,
+    data_dir: str = "",
+    class_names: Sequence[str] = (),
+    first: int = 0,
+    ignored: Sequence[int] = (),
+    beside: Sequence[str] = (),
+) -> Dataset:
     """The split "train" or "validation" of the dataset that TFDS calls `name`.
+
+    It has an `image`, and a `label` to classify it by, or `objects` with `bbox` and `label`, or a
+    picture of classes: `segmentation_mask` (or `annotation`).
 
     "validation" is the dataset's "test" where it has no other. A dataset that is not in `data_dir`
     ("" is ~/tensorflow_datasets) is downloaded and prepared there first.
@@ -89,34 +186,61 @@ def open(split: str, *, name: str, data_dir: str = "", beside: Sequence[str] = (
       split: "train" or "validation".
       name: such as "cifar10", with a configuration and a version if wanted: "ds/config:1.0.0".
       data_dir: what TFDS calls so.
+      class_names: of the values of a segmentation, which TFDS does not tell; known for camvid and
+        scene_parse150 (ADE20K).
+      first: the value that the first of them belongs to.
+      ignored: values that count as nothing; 255 always does.
       beside: names of datasets from elsewhere, to suggest where `name` is misspelt.
 
     Raises:
       ConfigError: if TFDS knows no such dataset and `data_dir` has none, with the nearest names.
-      DataError: if it is not there and cannot be prepared, or has no picture with a label.
+      DataError: if it is not there and cannot be prepared, or has nothing to learn.
     """
     if split not in SPLITS:
         raise ConfigError(f"{name} has no split {split!r}.{nearest(split, SPLITS)}")
     root = Path(data_dir or DEFAULT_DIR).expanduser()
-    folder = _prepared(root, name) or _prepare(root, name, beside)
+    folder = prepared(root, name) or _prepare(root, name, beside)
     import tensorflow_datasets as tfds
 
     info = tfds.builder_from_directory(folder).info
-    for feature, kind in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
-        if feature not in info.features or not isinstance(info.features[feature], kind):
+    features = dict(info.features.items())
+    if "image" not in features or not isinstance(features["image"], tfds.features.Image):
+        raise DataError(f"{name} in {folder} has no 'image', only {sorted(features)}")
+    classes = None
+    if not isinstance(features.get("label"), tfds.features.ClassLabel) and not _objects(features):
+        if not any(isinstance(features.get(key), tfds.features.Image) for key in SEGMENTATION):
             raise DataError(
-                f"{name} in {folder} has no {feature!r} of the kind tfds.features.{kind.__name__}, "
-                f"which classification needs; it has {sorted(info.features)}"
+                f"{name} in {folder} has no 'label' of the kind tfds.features.ClassLabel, no "
+                f"'objects' with 'bbox' and 'label' and no 'segmentation_mask'; it has "
+                f"{sorted(features)}"
             )
+        classes = _classes(name, tuple(class_names), first, tuple(ignored))
+    elif class_names or first or ignored:
+        raise ConfigError(
+            f"data.options: class_names, first and ignored are for pictures of classes, and {name} "
+            f"has names of its own"
+        )
     own = next((s for s in SPLITS[split] if s in info.splits), None)
     if own is None:
         raise DataError(f"{name} in {folder} has no {split} split, only {sorted(info.splits)}")
     if own != split:
         log.info("%s has no split %r: its %r stands in", name, split, own)
-    return Tfds(folder, name, own)
+    return Tfds(folder, name, own, classes)
 
 
-def _prepared(root: Path, name: str) -> Path | None:
+def _classes(name: str, names: tuple[str, ...], first: int, ignored: tuple[int, ...]) -> Classes:
+    known = KNOWN.get(name.split("/")[0].split(":")[0])
+    if names:
+        return Classes(names, first, ignored)
+    if known is None:
+        raise DataError(
+            f"nothing says what the values of {name}'s masks are called: give "
+            "data.options.class_names, one for each value"
+        )
+    return known
+
+
+def prepared(root: Path, name: str) -> Path | None:
     """The newest prepared version below `root`; None if there is none."""
     path, _, version = name.partition(":")
     infos = (root / path).glob(f"{version or '*'}/dataset_info.json")
