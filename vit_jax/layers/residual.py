@@ -234,7 +234,7 @@ class HybridStem(nn.Module):
         conv = partial(StdConv, source=self.source, dtype=self.dtype)
         norm = partial(nn.GroupNorm, 32, epsilon=SOURCES[self.source][2], dtype=self.dtype)
         x = nn.relu(norm(name="root_norm")(conv(self.width, 7, 2, name="root_conv")(x)))
-        x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+        x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding="SAME")
         for i, blocks in enumerate(self.sizes):
             stride = 1 if i == 0 else 2
             x = ResidualStage(

@@ -148,7 +148,7 @@ class Beit(nn.Module):
         x = PatchEmbed(self.width, self.patch, self.dtype, name="embed")(image)  # [B, h, w, D]
         x = rearrange(x, "b h w d -> b (h w) d")
         token = self.param("class_token", nn.initializers.zeros, (1, 1, self.width))
-        token = jnp.broadcast_to(token.astype(x.dtype), (len(x), 1, self.width))
+        token = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, self.width))
         x = jnp.concatenate([token, x], 1)  # [B, 1 + h w, D]
         x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
 

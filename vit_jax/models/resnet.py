@@ -151,7 +151,8 @@ class ResNet(nn.Module):
             )
         x = conv(self.width, 7, 2, name="root_conv")(image)
         x = nn.relu(norm(name="root_norm")(x))
-        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pads with minus infinity
+        # Pads with minus infinity.
+        x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         maps = []
         for i, depth in enumerate(self.depths):
             dilation = self.dilation if i == len(self.depths) - 1 else 1

@@ -182,7 +182,7 @@ class ViT(nn.Module):
     def _token(self, name: str, number: int, x: jax.Array) -> jax.Array:
         """Learned tokens for each image of `x`: [B, number, D]."""
         token = self.param(name, nn.initializers.zeros, (1, number, self.width))
-        return jnp.broadcast_to(token.astype(x.dtype), (len(x), number, self.width))
+        return jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], number, self.width))
 
     def _positions(self, size: tuple[int, int], stride: int, tokens: int) -> jax.Array:
         """[tokens + h * w, D] for a grid of `size` (h, w)."""
