@@ -17,8 +17,12 @@ from vit_jax.errors import (
 STOPS = (ConfigError, DataError, CheckpointError, DivergedError, OutOfMemoryError)
 
 
-def guard(body: Callable[[], int]) -> int:
+def guard(body: Callable[[], int], stopped: str = "stopped") -> int:
     """Runs a command; what a person can mend becomes one sentence on stderr.
+
+    Args:
+      body: the command; returns its exit status.
+      stopped: what is said after Ctrl-C.
 
     Returns:
       The exit status: that of `body`, of the error, 130 after Ctrl-C, 141 where the reader of the
@@ -30,7 +34,7 @@ def guard(body: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:  # while a run is up, it has a handler of its own
-        print("stopped", file=sys.stderr)
+        print(stopped, file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Python would complain once more, when it flushes what nobody reads.

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or {"--help", "-h", "--helpfull", "--helpshort"} & set(argv):
         print(USAGE)
         return 0 if argv else 2
-    return command.guard(lambda: _run(*parse(argv)))
+    return command.guard(lambda: _run(*parse(argv)), "stopped before anything was trained")
 
 
 def parse(argv: list[str]) -> tuple[dict[str, Any], Path, str, bool]:
