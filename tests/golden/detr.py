@@ -6,7 +6,7 @@ import numpy as np
 
 from tests.golden.swin import half_state, randomise
 
-ROOT, DEPTHS = 3, (1, 1, 1, 1)
+ROOT, DEPTHS = 2, (1, 1, 1, 1)
 # The mask head norms groups of 8: D + A has to be a multiple.
 WIDTH, HEADS, HIDDEN, LAYERS, QUERIES, CLASSES = 16, 8, 12, 2, 3, 5
 SIZE = (70, 90)  # of the batch; no side of a map divides the one before

@@ -20,9 +20,7 @@ def random_variables(model, *inputs, **options):
     """Values that matter for every parameter; compiling `init` would take longer than the test."""
     shapes = jax.eval_shape(partial(model.init, **options), jax.random.key(0), *inputs)
     random = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: random.uniform(0.2, 1, leaf.shape).astype(np.float32), shapes
-    )
+    return jax.tree.map(lambda leaf: random.uniform(0.2, 1, leaf.shape).astype(np.float32), shapes)
 
 
 def test_nearest_takes_what_pytorch_takes():
@@ -60,7 +58,9 @@ def test_pooling_overlaps_where_parts_do_not_divide():
     )
     chex.assert_trees_all_close(pyramid.pool(x, 1)[:, 0, 0], x.mean((1, 2)), atol=1e-6)
     # A map smaller than the parts repeats its pixels.
-    chex.assert_trees_all_close(pyramid.pool(x[:, :1, :1], 3), x[:, :1, :1].repeat(3, 1).repeat(3, 2))
+    chex.assert_trees_all_close(
+        pyramid.pool(x[:, :1, :1], 3), x[:, :1, :1].repeat(3, 1).repeat(3, 2)
+    )
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
@@ -70,7 +70,8 @@ def test_a_convolution_before_a_norm_has_no_bias(kernel):
     variables = random_variables(layer, x, train=False)
     assert set(variables["params"]["conv"]) == {"kernel"}
     out, changed = quick(partial(layer.apply, train=True, mutable=["batch_stats"]))(variables, x)
-    assert out.shape == (2, 5, 6, 4) and out.min() == 0
+    assert out.shape == (2, 5, 6, 4)
+    assert out.min() == 0
     assert set(changed["batch_stats"]["norm"]) == {"mean", "var"}
 
 
@@ -92,3 +93,8 @@ def test_halving_loses_no_part_of_the_map():
         other = x.copy()
         other[:, row, column] += 9 * np.arange(1, 5)
         assert np.abs(run(variables, other) - run(variables, x)).max() > 1e-3
+
+
+def test_channels_that_cannot_be_quartered_are_refused():
+    with pytest.raises(ValueError, match="whose channels 4 divides, not 6"):
+        jax.eval_shape(SimplePyramid().init, jax.random.key(0), draw(1, 4, 4, 6))
