@@ -10,6 +10,7 @@ from ml_collections import ConfigDict, config_dict
 
 DIGITS = {"mean": (0.3053, 0.3053, 0.3053), "std": (0.3760, 0.3760, 0.3760)}
 CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
+SCENES = {"mean": (0.28, 0.28, 0.24), "std": (0.19, 0.17, 0.16)}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
@@ -212,6 +213,26 @@ def imagenet(config: ConfigDict, statistics: dict, *, crop: float, mixing: bool 
             config.train.mix = ConfigDict(
                 {"target": "data.transforms.MixUpCutMix", "mixup": 0.8, "cutmix": 1.0}
             )
+
+
+def scenes(config: ConfigDict, *, boxes: int, stuff: str) -> None:
+    """Digits on textured grounds, 96x96, made as they are asked for; 500 held out.
+
+    Args:
+      config: changed in place.
+      boxes: the most a picture may have, 0 leaves them out.
+      stuff: what the grounds are: "none" (nothing), "names" (classes of pixels) or "boxes".
+    """
+    config.data.name = "scenes"
+    config.image_size = 96
+    size = config.get_ref("image_size")
+    with config.unlocked():
+        config.data.options = ConfigDict({"size": size, "stuff": stuff})
+    pad = {"target": "data.geometry.Pad", "shapes": ((size, size),), "boxes": boxes}
+    pad["segmentation"] = not boxes
+    # No flips: a mirrored digit is another one, or none.
+    config.train.transforms = (standardize(SCENES), ConfigDict(pad))
+    config.eval.transforms = (standardize(SCENES), ConfigDict(pad))
 
 
 def tiny(config: ConfigDict) -> None:

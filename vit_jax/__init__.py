@@ -26,7 +26,8 @@ def create(name: str, num_classes: int = 1000, **backbone: Any):
 
     Args:
       name: one of `list_models()`.
-      num_classes: K of a linear head on the pooled features; 0 gives the backbone alone.
+      num_classes: K of a linear head on the pooled features, or of a detector or segmenter; 0
+        gives a backbone alone.
       **backbone: fields of the backbone's class, such as `drop_path`, `dtype` or `image_size`.
 
     Returns:
@@ -47,6 +48,8 @@ def create(name: str, num_classes: int = 1000, **backbone: Any):
     spec = {"target": f"{module}.{name}", **backbone}
     if num_classes == 0:
         return build(spec)
+    if "backbone" in sizes[name].func.__dataclass_fields__:  # a whole model, with heads of its own
+        return build(spec, num_classes=num_classes)
     dtype = {"dtype": backbone["dtype"]} if "dtype" in backbone else {}
     return build(
         {

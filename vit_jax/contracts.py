@@ -13,11 +13,15 @@ A batch is a flat dictionary of arrays. The names below are the only place a for
     segmentation  [B, H, W] int32, 255 is ignored
     tokens        [B, T] int32, 0 is padding
     patch_mask    [B, h, w] bool, True is hidden
+    masks         [B, M, H, W] bool, the pixels of each object that can be seen
+
+An example's `boxes` are [m, 4] float32 (x0, y0, x1, y1) in pixels; it may have `crowd` [m] bool and
+`area` [m], in pixels, besides.
 
 A model's `__call__(self, image, *, train)` names the batch entries it reads, and sees no others.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
@@ -73,9 +77,11 @@ class Task(Protocol):
 
     Attributes:
       headline: the number that ranks checkpoints; lower is better if it ends in "loss".
+      wants_results: whether `summarize` needs the predictions of a whole split.
     """
 
     headline: str
+    wants_results: bool
 
     def score(self, outputs: Outputs, batch: Batch) -> tuple[jax.Array, Sums]:
         """The mean loss over the valid rows, and sums that add; `count` divides the loss."""
@@ -85,8 +91,14 @@ class Task(Protocol):
         """What a person reads: labels with probabilities, boxes, masks, captions."""
         ...
 
-    def summarize(self, sums: Sums, predictions: list[Predictions] | None = None) -> dict:
-        """Sums of a whole split -> numbers: the only place where a ratio is taken."""
+    def summarize(
+        self, sums: Sums, results: Iterable[tuple[Predictions, Example]] | None = None
+    ) -> dict[str, float]:
+        """Sums of a whole split -> numbers: the only place where a ratio is taken.
+
+        `results` are, where they are wanted, the prediction of each example and the example as its
+        dataset gives it, at its own size.
+        """
         ...
 
     def draw(

@@ -75,6 +75,7 @@ def evaluate_split(
 ) -> dict[str, dict[str, float]] | None:
     """Each set of variables on the whole validation split, read once; None if a signal came."""
     sums: dict[str, dict] = {name: {} for name in rows}
+    found: dict[str, list] = {name: [] for name in rows}
     skipped = 0
     for batch in run.validation():
         if stopped:
@@ -84,11 +85,22 @@ def evaluate_split(
             report.warn(f"left out of the evaluation, a broken picture: {text}")
         placed = mesh.put_batch(batch, run.mesh)
         for name, variables in rows.items():
-            new = jax.device_get(eval_step(variables, placed)[0])
+            new, predictions = eval_step(variables, placed)
+            new = jax.device_get(new)
             sums[name] = {
                 k: sums[name].get(k, 0) + np.asarray(v, np.float64) for k, v in new.items()
             }
-    results = {name: run.task.summarize(total) for name, total in sums.items()}
+            if run.task.wants_results:
+                predictions = jax.device_get(predictions)
+                found[name] += [
+                    (int(batch["index"][row]), {k: v[row] for k, v in predictions.items()})
+                    for row in np.flatnonzero(batch["valid"])
+                ]
+    results = {}
+    for name, total in sums.items():
+        # What does not add up is compared with the data as it is, not as the model sees it.
+        pairs = ((prediction, run.eval_data[index]) for index, prediction in found[name])
+        results[name] = run.task.summarize(total, pairs if run.task.wants_results else None)
     if skipped:
         for numbers in results.values():
             numbers["broken_pictures"] = float(skipped)

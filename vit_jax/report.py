@@ -280,8 +280,8 @@ def sentence(numbers: dict[str, Any]) -> str:
     """{"loss": 0.31, "accuracy": 0.978} -> "loss 0.31, accuracy 97.80 %"; also of a row."""
     parts = []
     for name, value in numbers.items():
-        if name in ("step", "epoch", "split"):
-            continue
+        if name in ("step", "epoch", "split") or name.startswith("iou_"):
+            continue  # a class's own number is in metrics.jsonl
         text = f"{100 * value:.2f} %" if name.startswith("accuracy") else f"{value:.4g}"
         parts.append(f"{name.replace('_', ' ').replace('grad norm', 'gradient norm')} {text}")
     return ", ".join(parts)

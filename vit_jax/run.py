@@ -103,8 +103,15 @@ class Run:
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         return lowered.compile(RUNS_ONCE if on_cpu else None)(argument)
 
-    def compile_train_step(self) -> Callable[..., tuple[step.TrainState, Sums]]:
-        """The jitted step, compiled: (state, batch, key=) -> (state, sums); `state` is donated."""
+    def compile_train_step(
+        self, batch: Mapping[str, Any] | None = None
+    ) -> Callable[..., tuple[step.TrainState, Sums]]:
+        """The jitted step, compiled: (state, batch, key=) -> (state, sums); `state` is donated.
+
+        Args:
+          batch: of the shapes that it is for; None is `abstract_batch`.
+        """
+        batch = self.abstract_batch if batch is None else batch
         function = partial(
             step.train_step,
             model=self.model,
@@ -116,7 +123,7 @@ class Run:
         jitted = jax.jit(function, donate_argnums=0, out_shardings=mesh.replicated(self.mesh))
         key = jax.eval_shape(lambda: self.key)
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=mesh.replicated(self.mesh))
-        return jitted.lower(self.abstract_state, self.abstract_batch, key=key).compile()
+        return jitted.lower(self.abstract_state, batch, key=key).compile()
 
 
 def _reading(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from vit_jax import checkpoint, cost, mesh, pictures, step
-from vit_jax.contracts import Batch
+from vit_jax.contracts import Batch, Sums
 from vit_jax.errors import CheckpointError, DivergedError
 from vit_jax.evaluate import SHOWN, broken_pictures, draw, evaluate_split, rows_of
 from vit_jax.report import Report, read_metrics, sentence
@@ -71,6 +71,35 @@ def train(config: dict[str, Any], workdir: str | Path) -> dict[str, float]:
         return numbers
 
 
+class _TrainStep:
+    """The training step, compiled once for each shape that batches come in."""
+
+    def __init__(self, run: Run, report: Report):
+        self._run, self._report = run, report
+        self._compiled: dict[tuple, Callable] = {}
+        self._compile(run.abstract_batch)
+
+    def __call__(
+        self, state: step.TrainState, batch: Batch, *, key: jax.Array
+    ) -> tuple[step.TrainState, Sums]:
+        shapes = _shapes(batch)
+        if shapes not in self._compiled:
+            with self._report.paused():
+                self._compile(batch)
+        return self._compiled[shapes](state, batch, key=key)
+
+    def _compile(self, batch: Batch) -> None:
+        began = time.monotonic()
+        size = "x".join(map(str, batch["image"].shape[1:3])) if self._compiled else ""
+        self._report.say(f"compiling the training step {f'for {size} pixels ' * bool(size)}...")
+        self._compiled[_shapes(batch)] = self._run.compile_train_step(batch)
+        self._report.say(f"compiled in {time.monotonic() - began:.0f} s")
+
+
+def _shapes(batch: Batch) -> tuple:
+    return tuple(sorted((name, tuple(array.shape)) for name, array in batch.items()))
+
+
 class _Loop:
     """One run from `start` to its end; what is here lives as long as the process."""
 
@@ -103,10 +132,7 @@ class _Loop:
             best = best if rank is None else max(best, rank)
         if start < total:
             with report.paused(), mesh.memory_errors(run.config["batch_size"]):
-                began = time.monotonic()
-                report.say("compiling the training step ...")
-                train_step = run.compile_train_step()
-                report.say(f"compiled in {time.monotonic() - began:.0f} s")
+                train_step = _TrainStep(run, report)
             with closing(run.batches(start)) as batches:
                 state, numbers = self._steps(train_step, batches, state, start, best)
         self._pictures(state)

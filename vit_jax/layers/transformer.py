@@ -214,7 +214,28 @@ def apply_blocks(
       remat: recomputes each block's activations in the backward pass instead of keeping them.
       train: whether dropout and drop path act.
     """
+    return tapped_blocks(block, x, rates, (), scan=scan, remat=remat, train=train)[0]
+
+
+def tapped_blocks(
+    block: Callable[..., nn.Module],
+    x: jax.Array,
+    rates: Sequence[float],
+    taps: Sequence[int],
+    *,
+    scan: bool = False,
+    remat: bool = False,
+    train: bool,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """`apply_blocks`, and what leaves the blocks whose numbers, from 0, are in `taps`.
+
+    Raises:
+      ValueError: if there is no such block.
+    """
+    if not all(0 <= tap < len(rates) for tap in taps):
+        raise ValueError(f"taps={tuple(taps)} must lie between 0 and {len(rates) - 1}")
     if not scan:
+        left = []
         for i, rate in enumerate(rates):
             # Closed over, not passed: `remat` would trace the rate, and a traced 0 still draws.
             def run(module: nn.Module, x: jax.Array, rate: float = rate) -> jax.Array:
@@ -222,12 +243,16 @@ def apply_blocks(
 
             run = nn.remat(run) if remat else run
             x = run(block(name=f"block_{i}"), x)
-        return x
+            left.append(x)
+        return x, tuple(left[tap] for tap in taps)
 
     drops = np.any(rates)
 
-    def body(module: nn.Module, carry: jax.Array, rate: Array) -> tuple[jax.Array, None]:
-        return module(carry, rate if drops else rates[0], train=train), None
+    def body(
+        module: nn.Module, carry: jax.Array, rate: Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        carry = module(carry, rate if drops else rates[0], train=train)
+        return carry, carry if taps else None
 
     step = nn.remat(body, prevent_cse=False) if remat else body
     loop = nn.scan(
@@ -236,5 +261,5 @@ def apply_blocks(
         split_rngs={"params": True, "dropout": True},
         length=len(rates),
     )
-    x, _ = loop(block(name="blocks"), x, jnp.asarray(rates, jnp.float32))
-    return x
+    x, stack = loop(block(name="blocks"), x, jnp.asarray(rates, jnp.float32))
+    return x, tuple(stack[tap] for tap in taps)

@@ -10,6 +10,7 @@ from vit_jax.contracts import Array
 from vit_jax.errors import nearest
 from vit_jax.layers.dense import Dense
 from vit_jax.layers.pyramid import ConvNorm, bilinear
+from vit_jax.models.vit import vit_l16
 
 DECODERS = ("naive", "pup", "mla")
 SMALL = nn.initializers.normal(0.01)  # of the layer that gives logits
@@ -204,3 +205,13 @@ class _Linear(nn.Module):
     def __call__(self, x: Array, *, train: bool) -> jax.Array:
         x = nn.Dropout(self.dropout, (1, 2), deterministic=not train)(x)
         return Dense(self.num_classes, dtype=self.dtype, kernel_init=SMALL, name="classifier")(x)
+
+
+# ADE20K, as mmsegmentation trains them.
+_large = partial(vit_l16, image_size=512)
+_deep = partial(_large, taps=(9, 14, 19, 23))
+setr_naive_l16 = partial(SETR, backbone=_deep(), num_classes=150, decoder="naive")
+setr_pup_l16 = partial(SETR, backbone=_deep(), num_classes=150, decoder="pup")
+setr_mla_l16 = partial(
+    SETR, backbone=_large(taps=(5, 11, 17, 23), pooling="mean"), num_classes=150, decoder="mla"
+)

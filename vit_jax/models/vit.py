@@ -12,7 +12,7 @@ from vit_jax.errors import nearest
 from vit_jax.layers.patches import PatchEmbed, grid_size
 from vit_jax.layers.position import LearnedPositions, sincos_positions
 from vit_jax.layers.residual import HybridStem
-from vit_jax.layers.transformer import EncoderBlock, apply_blocks, drop_path_rates
+from vit_jax.layers.transformer import EncoderBlock, drop_path_rates, tapped_blocks
 
 # What of the last block's output describes the image; see `ViT`.
 POOLINGS = ("token", "mean", "mean_norm", "token+mean", "tokens")
@@ -65,6 +65,8 @@ class ViT(nn.Module):
       epsilon: of the layer norms.
       qkv_bias: whether query, key and value have a bias.
       layer_scale: None, or what the gains of `layers.transformer.LayerScale` start at.
+      taps: numbers of blocks, from 0, whose patches are the maps, as they leave the block; () is
+        the last block's, normalised. SETR reads several depths.
       drop_path: rate of the last block; the first has 0, on a line between.
       dropout: rate after the positions, the attentions and the MLPs' layers.
       attention_dropout: rate on the attention weights.
@@ -94,6 +96,7 @@ class ViT(nn.Module):
     epsilon: float = 1e-6
     qkv_bias: bool = True
     layer_scale: float | None = None
+    taps: tuple[int, ...] = ()
     drop_path: float = 0.0
     dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -109,8 +112,9 @@ class ViT(nn.Module):
         """[B, H, W, 3] -> the patches as a map, and a description.
 
         Returns:
-          `maps`: one map [B, h, w, D]; h = H / patch, or H over patch and the CNN's stride. It is
-            normalised, but not with pooling "mean_norm", whose norm knows means only.
+          `maps`: one map [B, h, w, D], or one for each of `taps`; h = H / patch, or H over patch
+            and the CNN's stride. It is normalised, but not with `taps`, nor with pooling
+            "mean_norm", whose norm knows means only.
           `pooled`: [B, D], or [B, 2D] with pooling "token+mean" and "tokens".
 
         Raises:
@@ -162,7 +166,9 @@ class ViT(nn.Module):
             dtype=self.dtype,
         )
         rates = drop_path_rates(self.drop_path, self.depth)
-        x = apply_blocks(block, x, rates, scan=self.scan, remat=self.remat, train=train)
+        x, tapped = tapped_blocks(
+            block, x, rates, self.taps, scan=self.scan, remat=self.remat, train=train
+        )
         norm = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")
         if self.pooling == "mean_norm":
             patches = x[:, leading:]
@@ -176,8 +182,9 @@ class ViT(nn.Module):
                 "token+mean": lambda: jnp.concatenate([x[:, 0], patches.mean(1)], -1),
                 "tokens": lambda: jnp.concatenate([x[:, 0], x[:, 1]], -1),
             }[self.pooling]()
-        grid = rearrange(patches, "b (h w) d -> b h w d", h=size[0])
-        return Features(maps=(grid,), pooled=pooled)
+        kept = [tokens[:, leading:] for tokens in tapped] if self.taps else [patches]
+        maps = tuple(rearrange(p, "b (h w) d -> b h w d", h=size[0]) for p in kept)
+        return Features(maps=maps, pooled=pooled)
 
     def _token(self, name: str, number: int, x: jax.Array) -> jax.Array:
         """Learned tokens for each image of `x`: [B, number, D]."""

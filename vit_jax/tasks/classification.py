@@ -29,6 +29,7 @@ class Classification:
     loss: str = "softmax"
     top: int = 5
     headline = "accuracy"
+    wants_results = False
 
     def __post_init__(self):
         if not 0 <= self.label_smoothing < 1:
@@ -95,7 +96,7 @@ class Classification:
             "top_probabilities": values,
         }
 
-    def summarize(self, sums: Sums, predictions: list[Predictions] | None = None) -> dict:
+    def summarize(self, sums: Sums, results: None = None) -> dict[str, float]:
         """Sums of a split -> {"loss", "accuracy", "accuracy_top5"}, accuracies in [0, 1].
 
         Raises:
