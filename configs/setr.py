@@ -1,5 +1,5 @@
-"""SETR: Zheng et al. 2021, "Rethinking Semantic Segmentation from a Sequence-to-Sequence Perspective
-with Transformers" (arXiv:2012.15840).
+"""SETR: Zheng et al. 2021, "Rethinking Semantic Segmentation from a Sequence-to-Sequence
+Perspective with Transformers" (arXiv:2012.15840).
 
     python -m vit_jax.main --config=configs/setr.py           scenes of 96x96 pixels, 13 classes
 
