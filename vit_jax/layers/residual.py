@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from vit_jax.contracts import Array
 from vit_jax.errors import nearest
+from vit_jax.layers.pooling import max_pool
 
 
 def convolve(x: Array, kernel: Array, stride: int = 1, padding: int | str = "SAME") -> jax.Array:
@@ -234,7 +235,7 @@ class HybridStem(nn.Module):
         conv = partial(StdConv, source=self.source, dtype=self.dtype)
         norm = partial(nn.GroupNorm, 32, epsilon=SOURCES[self.source][2], dtype=self.dtype)
         x = nn.relu(norm(name="root_norm")(conv(self.width, 7, 2, name="root_conv")(x)))
-        x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding="SAME")
+        x = max_pool(x, "SAME")
         for i, blocks in enumerate(self.sizes):
             stride = 1 if i == 0 else 2
             x = ResidualStage(

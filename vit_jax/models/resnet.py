@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from vit_jax.contracts import Array, Features
 from vit_jax.errors import nearest
+from vit_jax.layers.pooling import max_pool
 from vit_jax.layers.residual import BasicBlock, Bottleneck, ResidualStage, convolve
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
@@ -151,8 +152,7 @@ class ResNet(nn.Module):
             )
         x = conv(self.width, 7, 2, name="root_conv")(image)
         x = nn.relu(norm(name="root_norm")(x))
-        # Pads with minus infinity.
-        x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        x = max_pool(x)
         maps = []
         for i, depth in enumerate(self.depths):
             dilation = self.dilation if i == len(self.depths) - 1 else 1
