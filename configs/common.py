@@ -5,6 +5,7 @@ A config starts from `base()`, which is locked: a misspelt key stops it instead 
 
 import difflib
 from collections.abc import Callable
+from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
@@ -228,11 +229,82 @@ def scenes(config: ConfigDict, *, boxes: int, stuff: str) -> None:
     size = config.get_ref("image_size")
     with config.unlocked():
         config.data.options = ConfigDict({"size": size, "stuff": stuff})
-    pad = {"target": "data.geometry.Pad", "shapes": ((size, size),), "boxes": boxes}
-    pad["segmentation"] = not boxes
+    pad = moving("Pad", shapes=((size, size),), boxes=boxes, segmentation=not boxes)
     # No flips: a mirrored digit is another one, or none.
-    config.train.transforms = (standardize(SCENES), ConfigDict(pad))
-    config.eval.transforms = (standardize(SCENES), ConfigDict(pad))
+    config.train.transforms = config.eval.transforms = (standardize(SCENES), pad)
+
+
+def moving(name: str, **arguments: Any) -> ConfigDict:
+    """One transform of `vit_jax/data/geometry.py`, which moves boxes and masks too."""
+    return ConfigDict({"target": f"data.geometry.{name}", **arguments})
+
+
+def segments(
+    config: ConfigDict,
+    data: str,
+    *,
+    crop: int,
+    short: int,
+    longest: int,
+    shapes: tuple[tuple[int, int], ...],
+    statistics: dict,
+    scale: tuple[float, float] = (0.5, 2.0),
+) -> None:
+    """Segmentation: square parts of pictures of any size in training; whole ones in evaluation.
+
+    Args:
+      config: changed in place; also by `inference`.
+      data: name of the dataset.
+      crop: side of the parts.
+      short: of a whole picture's sides, to which it is resized.
+      longest: of the other one, at most, in evaluation.
+      shapes: (H, W) of whole pictures' batches.
+      statistics: mean and deviation.
+      scale: least and greatest factor in training.
+    """
+    config.data.name = data
+    config.image_size = crop
+    config.train.transforms = (
+        moving("RandomFlip"),
+        moving("ScaleJitterCrop", size=(crop, crop), scale=scale, short=short, longest=4 * short),
+        step("ColorJitter", brightness=0.125, contrast=0.5, saturation=0.5, hue=0.05),
+        standardize(statistics),
+        moving("Pad", shapes=((crop, crop),)),
+    )
+    config.eval.transforms = (
+        moving("ResizeShortSide", sizes=(short,), longest=longest),
+        standardize(statistics),
+        moving("Pad", shapes=shapes),
+    )
+    inference(config)
+
+
+def inference(config: ConfigDict) -> None:
+    """Adds `eval.inference` of a segmenter, with windows, flips and scales off."""
+    with config.unlocked():
+        config.eval.inference = ConfigDict(
+            {
+                "target": "tasks.inference.Averaged",
+                "window": 0,  # side of the windows; 0 is the whole picture at once
+                "stride": 0,  # from one window to the next; 0 is two thirds of a window
+                "flip": False,
+                "scales": (1.0,),
+            }
+        )
+
+
+def segmenter(config: ConfigDict, target: str, **arguments: Any) -> None:
+    """Sets the task and a model of segmentation."""
+    with config.unlocked():
+        config.task = ConfigDict({"target": "tasks.segmentation.Segmentation"})
+        config.model = ConfigDict(
+            {
+                "target": f"models.{target}",
+                "num_classes": 0,
+                "dtype": config.get_ref("dtype"),
+                **arguments,
+            }
+        )
 
 
 def tiny(config: ConfigDict) -> None:

@@ -145,18 +145,51 @@ def test_a_long_title_loses_its_middle_and_keeps_its_number():
     assert max(map(len, lines)) <= pictures.LINE_LENGTH
 
 
-def test_a_batch_is_drawn_with_its_colours_back(tmp_path):
+def test_a_standardised_batch_gets_its_colours_back():
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     color = np.array([200, 100, 50])
     images = np.broadcast_to((color / 255 - mean) / std, (2, 6, 8, 3)).astype(np.float32)
-    path = pictures.batch(tmp_path / "batch.png", images, ["a 60% + b 40%", "c"], mean, std)
-    pixels = pixels_of(path)
-    exact = (pixels == color).all(-1).sum()
-    assert exact == 2 * (6 * 16) * (8 * 16)  # each pixel of both, 16 times as large
+    assert (pictures.unstandardised(images, mean, std) == color).all()
+    assert (pictures.unstandardised(images + 9, 0.0, 1.0) == 255).all()
 
 
-def test_of_a_large_batch_the_first_pictures_are_drawn(tmp_path):
-    images = np.zeros((70, 4, 4, 3), np.float32)
-    path = pictures.batch(tmp_path / "b.png", images, [""] * 70, (0.0,), (1.0,))
-    fewer = pictures.batch(tmp_path / "c.png", images[:64], [""] * 64, (0.0,), (1.0,))
-    assert pixels_of(path).shape == pixels_of(fewer).shape
+def test_a_task_says_how_large_its_pictures_are_drawn(tmp_path):
+    drawn, titles = [np.full((30, 40, 3), 90, np.uint8)] * 12, ["a"] * 12
+    small = pixels_of(pictures.sheet(tmp_path / "a.png", drawn, titles, "small"))
+    large = pixels_of(pictures.sheet(tmp_path / "b.png", drawn, titles, "large", cell=360))
+    assert (small == 90).all(-1).sum() == 12 * 90 * 120
+    assert (large == 90).all(-1).sum() == 12 * 270 * 360
+    assert large.shape[1] < 1.1 * small.shape[1]
+    assert [pictures.fitting(cell) for cell in (128, 360)] == [32, 12]
+
+
+def test_a_large_cell_holds_a_legend_below_its_picture():
+    assert pictures._fit(np.zeros((500, 400, 3), np.uint8), 360).shape == (450, 360, 3)
+    assert pictures._fit(np.zeros((900, 400, 3), np.uint8), 360).shape == (540, 240, 3)
+    assert pictures._fit(np.zeros((100, 100, 3), np.uint8), 360).shape == (300, 300, 3)
+
+
+@pytest.mark.parametrize("headline", ["miou", "ap", "pq"])
+def test_a_headline_of_another_task_is_drawn_as_a_share(headline, tmp_path, monkeypatch):
+    found = [{(headline if k == "accuracy" else k): v for k, v in r.items()} for r in rows()]
+    for row in found:
+        row |= {"class_loss": 1.0, f"{headline}50": 0.5}
+    drawn = []
+    monkeypatch.setattr(
+        pictures, "_large_panel", lambda a, r, n, percent: drawn.append((n, percent))
+    )
+    draw(tmp_path, found)
+    assert drawn == [("loss", False), (headline, True)]
+    drawn.clear()
+    pictures.curves(tmp_path, "class_loss")
+    assert drawn == [("loss", False)]
+    monkeypatch.undo()
+    assert has(draw(tmp_path, found), RIGHT) > 200
+
+
+def test_a_detector_has_its_headline_in_evaluation_only_and_far_below_one(tmp_path):
+    found = [{k: v for k, v in r.items() if k != "accuracy"} for r in rows()]
+    for row in found:
+        if row["split"] == "validation":
+            row["ap"] = 0.002 * row["step"]
+    assert has(draw(tmp_path, found), WRONG) > 200

@@ -24,6 +24,12 @@ SMALL = {
     "hybrid": ["--config.model.backbone.width=16", "--config.model.backbone.depth=1"],
     "swin": ["--config.model.backbone.width=8", "--config.model.backbone.depths=(1,1)"],
     "cvt": ["--config.model.backbone.widths=(8,8,16)", "--config.model.backbone.depths=(1,1,1)"],
+    "detr": [
+        *("--config.model.width=16", "--config.model.hidden=16", "--config.model.decoder_depth=1"),
+        *("--config.model.backbone.width=16", "--config.model.backbone.depth=1"),
+    ],
+    "setr": ["--config.model.features=8", "--config.model.backbone.width=16"],
+    "upernet": ["--config.model.features=8", "--config.model.backbone.width=8"],
 }
 
 
@@ -39,7 +45,12 @@ def commands():
 
 
 PROGRAM = re.compile(r"python -m vit_jax\.(\w+) ")
-FINETUNED = "runs/vit-finetune"  # what some commands start from
+# What some commands start from, and a word of the command that makes it.
+STARTS = {
+    "runs/vit-finetune": "configs/vit.py:finetune",
+    "runs/detr-folder": "configs/detr.py:folder",
+}
+DENSE = re.compile(r"configs/(detr|setr|upernet)|runs/detr")  # take half a minute each
 
 
 def test_every_command_is_of_a_kind_that_is_executed_here():
@@ -72,6 +83,14 @@ def folder(tmp_path_factory):
         for i in range(10):
             image = random.integers(0, 256, (40, 50, 3), np.uint8)
             cv2.imwrite(str(place / "my_pictures" / name / f"{i}.jpg"), image)
+    (place / "my_objects").mkdir()
+    for i in range(10):
+        image = random.integers(0, 256, (40, 50, 3), np.uint8)
+        cv2.imwrite(str(place / "my_objects" / f"{i}.jpg"), image)
+        (place / "my_objects" / f"{i}.xml").write_text(
+            f"<annotation><filename>{i}.jpg</filename><object><name>cat</name><bndbox><xmin>5</xmin>"
+            "<ymin>6</ymin><xmax>30</xmax><ymax>35</ymax></bndbox></object></annotation>"
+        )
     return place
 
 
@@ -93,14 +112,22 @@ def shortened(line):
     return [*argv, *SHORT, *small]
 
 
-@pytest.mark.parametrize("line", [c for c in commands() if PROGRAM.match(c)])
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param(c, marks=[pytest.mark.slow] * bool(DENSE.search(c)))
+        for c in commands()
+        if PROGRAM.match(c)
+    ],
+)
 def test_a_command_of_the_documents_runs(line, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(swin, "swin_t", partial(swin.Swin, width=8, depths=(1, 1), heads=(1, 2)))
     monkeypatch.setattr(hf, "download", lambda repository: TINY)
-    if FINETUNED in line and not Path(FINETUNED).exists():
-        before = next(c for c in commands() if ":finetune" in c and PROGRAM.match(c))
-        assert main.main(shortened(before)) == 0, capsys.readouterr().err
+    for start, words in STARTS.items():
+        if start in line and not (Path(start) / "checkpoints").exists():
+            known = (c for c in commands() if words in c and "dry_run" not in c)
+            assert main.main(shortened(next(known))) == 0, capsys.readouterr().err
     for word in line.split():  # a test may be run twice
         if word.startswith("--output=") and Path(word[9:]).is_dir():
             shutil.rmtree(word[9:])

@@ -57,7 +57,9 @@ class Dataset(Protocol):
     """A deterministic sequence of examples, in numpy.
 
     An example holds `image` (uint8 [H, W, 3], or the bytes of a picture file, decoded later) and
-    what the task wants, such as `label`. Reading a broken example raises `DataError`.
+    what the task wants, such as `label`. Reading a broken example raises `DataError`. A dataset of
+    pictures of several sizes may tell that of one without decoding it, `size(index)` -> (H, W), and
+    one of boxes its picture with most of them, `fullest()` -> (index, count).
 
     Attributes:
       class_names: one name for each label.
@@ -78,10 +80,12 @@ class Task(Protocol):
     Attributes:
       headline: the number that ranks checkpoints; lower is better if it ends in "loss".
       wants_results: whether `summarize` needs the predictions of a whole split.
+      cell: pixels on a side that a drawn picture needs, to be made out.
     """
 
     headline: str
     wants_results: bool
+    cell: int
 
     def score(self, outputs: Outputs, batch: Batch) -> tuple[jax.Array, Sums]:
         """The mean loss over the valid rows, and sums that add; `count` divides the loss."""
@@ -105,4 +109,10 @@ class Task(Protocol):
         self, image: np.ndarray, example: Example, prediction: Predictions, names: tuple[str, ...]
     ) -> tuple[np.ndarray, str, bool]:
         """One uint8 picture with its prediction -> (picture, title, whether it is right)."""
+        ...
+
+    def draw_target(
+        self, image: np.ndarray, row: Batch, names: tuple[str, ...]
+    ) -> tuple[np.ndarray, str]:
+        """A batch's picture, uint8 [H, W, 3], with what its row is to teach -> (picture, title)."""
         ...

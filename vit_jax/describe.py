@@ -23,9 +23,10 @@ def describe(ref: str) -> dict[str, Any]:
     """Everything that is known of a checkpoint without reading its weights.
 
     Returns:
-      format, origin, architecture, fields, parameters, gflops_per_image, image_size, activation,
-      epsilon, preprocessing, classes, labels, arrays (mapped, unused, unmapped, missing, wrong) and
-      remarks, as plain data.
+      format, origin, architecture (of the backbone), fields, model ({} for a classifier, else the
+      `target` and the fields of what stands on the backbone), task, parameters, gflops_per_image,
+      image_size, activation, epsilon, preprocessing, classes, labels, arrays (mapped, unused,
+      unmapped, missing, wrong) and remarks, as plain data.
 
     Raises:
       CheckpointError, ConfigError: as of `vit_jax.load`.
@@ -34,24 +35,31 @@ def describe(ref: str) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from vit_jax import cost, step
+    from vit_jax.pretrained.hf import CLASSIFIER
     from vit_jax.pretrained.load import open_checkpoint
-    from vit_jax.pretrained.opened import SIZE, backbone_fields
+    from vit_jax.pretrained.opened import backbone_fields
 
     opened = open_checkpoint(ref)
     module = opened.module()
     variables = opened.abstract(module)
     match = opened.match(module)
-    size = opened.preprocessing.size or (SIZE, SIZE)
+    size = opened.preprocessing.typical
     batch = {"image": jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)}
     fields = backbone_fields(getattr(module, "backbone", module))
     fields.pop("dtype", None)
     target = fields.pop("target")
+    model = backbone_fields(module) if hasattr(module, "backbone") else {}
+    model = {} if model.get("target") == CLASSIFIER else model
+    for name in ("backbone", "num_classes", "dtype"):
+        model.pop(name, None)
     return {
         "source": ref,
         "format": opened.format,
         "origin": opened.recipe.origin,
         "architecture": target,
         "fields": fields,
+        "model": model,
+        "task": opened.recipe.task,
         "parameters": cost.parameters(variables["params"]),
         "gflops_per_image": cost.flops(partial(step.forward, model=module), variables, batch) / 1e9,
         "flops_rule": cost.RULE,
@@ -83,9 +91,14 @@ def sentences(found: dict[str, Any]) -> list[tuple[str, str]]:
     if found["classes"]:
         some = ", ".join(found["labels"][:4]) + (", ..." if len(found["labels"]) > 4 else "")
         classes = f"{found['classes']:,}" + (f": {some}" if some else ", without names")
-    rows = [
-        ("format", f"{found['format']}, {', '.join(found['dtypes'])}"),
-        ("architecture", f"{found['architecture']}({shown})"),
+    model = dict(found["model"])
+    rows = [("format", f"{found['format']}, {', '.join(found['dtypes'])}")]
+    if model:
+        target = model.pop("target")
+        settings = ", ".join(f"{k}={_plain(v)}" for k, v in model.items())
+        rows.append(("architecture", f"{target}({settings})"))
+    rows += [
+        ("backbone" if model else "architecture", f"{found['architecture']}({shown})"),
         ("parameters", f"{found['parameters']:,}"),
         (
             "compute",

@@ -1,6 +1,7 @@
 """What a run would be: sizes, memory, a time estimate and one augmented batch, without training."""
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import jax
 import numpy as np
 
 from vit_jax import cost, mesh, pictures
+from vit_jax.contracts import Batch
 from vit_jax.report import Report
-from vit_jax.run import set_up
+from vit_jax.run import Run, set_up
 from vit_jax.train import describe
 
 TIMED_STEPS = 3
@@ -29,21 +31,18 @@ def dry_run(config: dict[str, Any], workdir: str | Path) -> Path:
         names = jax.tree_util.tree_flatten_with_path(run.abstract_state.params)[0]
         for path, leaf in names:
             report.say(f"  {jax.tree_util.keystr(path, simple=True, separator='/')} {leaf.shape}")
-        batch = next(run.batches(0))
+        with closing(run.batches(0)) as batches:
+            batch = next(batches)
         workdir.mkdir(parents=True, exist_ok=True)
-        picture = pictures.batch(
-            workdir / "batch.png",
-            batch["image"],
-            _titles(batch, run.train_data.class_names),
-            *_standard(run.train_transforms),
-        )
+        picture = _draw(run, batch, workdir / "batch.png")
         report.say(f"the first batch, as the model sees it: {picture}")
         began = time.monotonic()
         with mesh.memory_errors(config["batch_size"]):
-            train_step = run.compile_train_step()
+            placed = mesh.put_batch(batch, run.mesh)
+            train_step = run.compile_train_step(placed)  # where there are several shapes, for this
             report.say(f"compiled the training step in {time.monotonic() - began:.0f} s")
             _say_memory(run, train_step, report)
-            state, placed = run.init(), mesh.put_batch(batch, run.mesh)
+            state = run.init()
             times = []
             for _ in range(TIMED_STEPS):
                 began = time.monotonic()
@@ -61,15 +60,20 @@ def dry_run(config: dict[str, Any], workdir: str | Path) -> Path:
     return picture
 
 
-def _titles(batch: dict[str, np.ndarray], names: tuple[str, ...]) -> list[str]:
-    """The class of each picture; both of them, with their shares, where two are mixed."""
-    if "label_probs" not in batch:
-        return [names[label] for label in batch["label"]]
-    titles = []
-    for probs in batch["label_probs"]:
-        top = [k for k in np.argsort(-probs)[:2] if probs[k] > 0]
-        titles.append(" + ".join(f"{names[k]} {probs[k]:.0%}" for k in top))
-    return titles
+def _draw(run: Run, batch: Batch, path: Path) -> Path:
+    """The first pictures of a batch with what each of them teaches."""
+    cell, names = run.task.cell, run.train_data.class_names
+    count = min(len(batch["image"]), 2 * pictures.fitting(cell))
+    images = pictures.unstandardised(batch["image"][:count], *_standard(run.train_transforms))
+    drawn = [
+        run.task.draw_target(image, {k: v[row] for k, v in batch.items()}, names)
+        for row, image in enumerate(images)
+    ]
+    H, W = images.shape[1:3]
+    header = f"a batch of {len(batch['image'])} pictures of {H} x {W} (height x width)"
+    header += f", the first {count} shown" if count < len(batch["image"]) else ""
+    shown, titles = zip(*drawn, strict=True)
+    return pictures.sheet(path, shown, titles, header, cell)
 
 
 def _standard(transforms: tuple) -> tuple[Any, Any]:
@@ -78,7 +82,7 @@ def _standard(transforms: tuple) -> tuple[Any, Any]:
     return (found.mean, found.std) if found else ((0.0,), (1.0,))
 
 
-def _say_memory(run: Any, train_step: Any, report: Report) -> None:
+def _say_memory(run: Run, train_step: Any, report: Report) -> None:
     state = run.abstract_state
     params, optimizer = cost.bytes_of(state.params), cost.bytes_of(state.opt_state)
     text = f"memory: parameters {cost.human(params)}B, optimizer {cost.human(optimizer)}B"

@@ -9,13 +9,14 @@ import jax
 import numpy as np
 
 from vit_jax import checkpoint, mesh, pictures, step
+from vit_jax.build import build
 from vit_jax.contracts import Batch, Dataset, Example
 from vit_jax.data import pipeline
 from vit_jax.errors import CheckpointError, DataError
 from vit_jax.report import Report, sentence
 from vit_jax.run import Run, check_owner, set_up
 
-SHOWN = 32  # held-out pictures in predictions.png
+SHOWN = 32  # held-out pictures in predictions.png, at most
 
 
 def evaluate(config: dict[str, Any], workdir: str | Path) -> dict[str, dict[str, float]]:
@@ -44,7 +45,7 @@ def evaluate(config: dict[str, Any], workdir: str | Path) -> dict[str, dict[str,
                 states[best] = checkpoints.restore(run.abstract_state, step=best)[0]
         finally:
             checkpoints.close()
-        eval_step = jax.jit(partial(step.eval_step, model=run.model, task=run.task))
+        eval_step = compile_eval_step(run)
         for number, state in states.items():
             found = evaluate_split(run, eval_step, rows_of(state), report, [])
             for name, numbers in found.items():
@@ -52,8 +53,24 @@ def evaluate(config: dict[str, Any], workdir: str | Path) -> dict[str, dict[str,
                 results[f"step {number}{note} {name}"] = numbers
                 report.say(f"step {number}{note} {name}: {sentence(numbers)}")
         drawn = draw(run, eval_step, list(rows_of(state).values())[-1], SHOWN)
-        pictures.predictions(workdir / "predictions.png", drawn)
+        pictures.predictions(workdir / "predictions.png", drawn, run.task.cell)
     return results
+
+
+def compile_eval_step(run: Run) -> Callable:
+    """The jitted step (variables, batch) -> (sums, predictions), for each shape of a batch once.
+
+    The model is asked as `config.eval.inference` says, where that names something, such as
+    `tasks.inference.Averaged`, which takes the model and has its `apply`.
+
+    Raises:
+      ConfigError: if that does not exist, or refuses a value.
+    """
+    # Only the recipes of segmentation have this key.
+    spec, model = run.config["eval"].get("inference"), run.model
+    if spec:
+        model = build(spec, model=model)
+    return jax.jit(partial(step.eval_step, model=model, task=run.task))
 
 
 def rows_of(state: step.TrainState) -> dict[str, Any]:
@@ -107,8 +124,12 @@ def evaluate_split(
     return results
 
 
-def draw(run: Run, eval_step: Callable, variables: Any, count: int) -> list[tuple]:
-    """`count` held-out pictures, spread over the split, as the task draws its predictions."""
+def draw(run: Run, eval_step: Callable, variables: Any, count: int = SHOWN) -> list[tuple]:
+    """`count` held-out pictures, spread over the split, as the task draws its predictions.
+
+    Fewer where the task's pictures are so large that they would not fit a sheet.
+    """
+    count = min(count, pictures.fitting(run.task.cell))
     chosen = np.unique(np.linspace(0, len(run.eval_data) - 1, count).astype(int))
     subset = _Subset(run.eval_data, chosen)
     drawn = []
@@ -141,3 +162,12 @@ class _Subset:
 
     def name(self, index: int) -> str:
         return self.dataset.name(int(self.indices[index]))
+
+    def size(self, index: int) -> tuple[int, int]:
+        return pipeline.size_of(self.dataset, int(self.indices[index]))
+
+    def __getattr__(self, name: str) -> Any:
+        # Where the whole dataset knows its `fullest` picture, its batches are as wide as that.
+        if name != "fullest":
+            raise AttributeError(name)
+        return self.dataset.fullest

@@ -47,7 +47,7 @@ def to_hf(loaded: Any, folder: Path) -> float:
 
     hf.save(loaded, folder)
     again = load(folder, dtype=_dtype(loaded))
-    return _compare(loaded, lambda image: again(image=image))
+    return _compare(loaded, lambda **batch: again(**batch))
 
 
 def to_stablehlo(loaded: Any, folder: Path) -> float:
@@ -190,29 +190,46 @@ def export(loaded: Any, form: str, output: Path) -> float:
     return difference
 
 
-def _compare(
-    loaded: Any, call: Callable[[np.ndarray], Any], batches: tuple[int, ...] = BATCHES
-) -> float:
-    """The largest difference of two models' outputs, over the largest output."""
+def _compare(loaded: Any, call: Callable[..., Any], batches: tuple[int, ...] = BATCHES) -> float:
+    """The largest difference of two models' outputs, over the largest of that output.
+
+    Where the model reads a mask, only the upper left quarter of the first image is real.
+    """
     random, worst = np.random.default_rng(0), 0.0
     for rows in batches:
         image = random.normal(size=(rows, *_size(loaded), 3)).astype(np.float32)
-        outputs = loaded(image=image), call(image)
-        want, got = (np.asarray(getattr(o, "pooled", o), np.float64) for o in outputs)
-        worst = max(worst, float(np.abs(want - got).max() / max(np.abs(want).max(), 1e-30)))
-        worst = worst if np.isfinite(got).all() else float("nan")
+        batch = {"image": image}
+        if "image_mask" in loaded.reads:
+            batch["image_mask"] = mask = np.ones(image.shape[:3], bool)
+            mask[0, image.shape[1] // 2 :] = mask[0, :, image.shape[2] // 2 :] = False
+            image *= mask[..., None]
+        pairs = zip(_arrays(loaded(**batch)), _arrays(call(**batch)), strict=True)
+        for want, got in pairs:
+            if not np.isfinite(got).all():
+                return float("nan")
+            worst = max(worst, float(np.abs(want - got).max() / max(np.abs(want).max(), 1e-30)))
     return worst
 
 
+def _arrays(outputs: Any) -> list[np.ndarray]:
+    """Logits, the description of a backbone, or what a detector gives."""
+    outputs = getattr(outputs, "pooled", outputs)
+    chosen = [outputs[k] for k in sorted(outputs)] if isinstance(outputs, dict) else [outputs]
+    return [np.asarray(each, np.float64) for each in chosen]
+
+
 def _headed(loaded: Any) -> None:
+    from vit_jax.pretrained.hf import CLASSIFIER
+    from vit_jax.pretrained.opened import backbone_fields
+
     if not hasattr(loaded.module, "num_classes"):
         raise ConfigError(f"{loaded.source} has no head: only a classifier is exported so")
+    if (target := backbone_fields(loaded.module)["target"]) != CLASSIFIER:
+        raise ConfigError(f"{loaded.source} is a {target}: only a classifier is exported so")
 
 
 def _size(loaded: Any) -> tuple[int, int]:
-    from vit_jax.pretrained.opened import SIZE
-
-    return loaded.preprocess.size or (SIZE, SIZE)
+    return loaded.preprocess.typical
 
 
 def _dtype(loaded: Any) -> str:

@@ -15,11 +15,13 @@ USAGE = """Trains or evaluates what a config describes.
   python -m vit_jax.main --config=configs/cvt.py:cifar10              another recipe of the file
   python -m vit_jax.main --config=configs/vit.py --config.epochs=3    any value overridden
   python -m vit_jax.main --config=configs/vit.py:folder --config.data.data_dir=my_pictures
+  python -m vit_jax.main --config=configs/detr.py                     find digits in scenes
   python -m vit_jax.main --config=configs/cvt.py --mode=eval          evaluate the run's checkpoints
   python -m vit_jax.main --config=configs/cvt.py --dry_run            sizes, memory, time, one batch
 
-Recipes are digits (default), folder, cifar10, imagenet and tiny. Started again, the same command
-goes on where it stopped. A config is a Python file, and it is executed.
+Recipes of classifiers are digits (default), folder, finetune, probe, cifar10, imagenet and tiny; of
+detr, setr and upernet scenes (default), folder and those that their files name. Started again, the
+same command goes on where it stopped. A config is a Python file, and it is executed.
 """
 FLAGS = ("config", "workdir", "mode", "dry_run")
 NO_CONFIG = ("__init__", "common")

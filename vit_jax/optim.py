@@ -227,7 +227,7 @@ def _muon(spec: Mapping[str, Any]) -> optax.GradientTransformation:
     def is_matrix(path: Any, x: Any) -> bool:
         place = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         scanned = "blocks" in place
-        inside = scanned or any(re.fullmatch(r"block_\d+", p) for p in place)
+        inside = scanned or any(re.fullmatch(r"(block|encoder|decoder)_\d+", p) for p in place)
         return inside and place[-1] == "kernel" and x.ndim == 2 + scanned
 
     def labels(params: Tree) -> Tree:

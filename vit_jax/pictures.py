@@ -30,15 +30,21 @@ SMALL = {"learning_rate": "learning rate", "grad_norm": "gradient norm"}  # the 
 PERCENT_TICKS = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 1.0)  # of a stretched axis
 NEAR_ONE = 0.004  # errors below this are not told apart on it
 DPI = 100
-SIDE, GAP, LINE_HEIGHT, MARGIN = 128, 16, 15, 18  # pixels of a contact sheet
-LINE_LENGTH = 20  # characters that fit below a picture of that side
-MOST = 64  # pictures of a batch that are drawn
+CELL, GAP, LINE_HEIGHT, MARGIN = 128, 16, 15, 18  # pixels of a contact sheet
+LINE_LENGTH = 20  # characters that fit below a picture of that cell
+COLUMNS = 8  # of pictures of that cell
+HEADLINES = ("accuracy", "pq", "miou", "ap")  # what a task may be judged by, in that order
 
 
-def curves(workdir: str | Path) -> Path | None:
-    """Draws curves.png from metrics.jsonl: loss and accuracy, learning rate and gradient norm.
+def curves(workdir: str | Path, headline: str = "") -> Path | None:
+    """Draws curves.png from metrics.jsonl: loss and headline, learning rate and gradient norm.
 
     The training curve is a running mean, with the raw one faintly behind it.
+
+    Args:
+      workdir: the run's folder.
+      headline: the number that the task is judged by, a share of 1; "" is the first of `HEADLINES`
+        that the rows have.
 
     Returns:
       The picture's path, or None while there are no rows.
@@ -47,8 +53,8 @@ def curves(workdir: str | Path) -> Path | None:
     if not rows:
         return None
     names = list(dict.fromkeys(name for row in rows for name in row))
-    rest = [n for n in names if n not in ("step", "epoch", "split", "loss", *SMALL)]
-    headline = next((n for n in rest if n.startswith("accuracy")), None)
+    chosen = (headline,) if headline else HEADLINES
+    headline = next((n for n in chosen if n in names and not n.endswith("loss")), "")
     large = [n for n in ("loss", headline) if n in names]
     small = [n for n in SMALL if n in names]
     columns = 2 if max(len(large), len(small)) > 1 else 1
@@ -69,7 +75,7 @@ def curves(workdir: str | Path) -> Path | None:
         hspace=0.42,
     )
     for column, name in enumerate(large):
-        _large_panel(figure.add_subplot(grid[0, column]), rows, name)
+        _large_panel(figure.add_subplot(grid[0, column]), rows, name, percent=name == headline)
     for column, name in enumerate(small):
         _small_panel(figure.add_subplot(grid[1, column]), rows, name)
     figure.suptitle(_title(Path(workdir), rows, headline), fontsize=13, y=0.98, parse_math=False)
@@ -94,10 +100,9 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.where(known, mean, np.nan)
 
 
-def _large_panel(axes: Axes, rows: list[dict], name: str) -> None:
-    axes.set_title(name.replace("_", " "), fontsize=11, fontweight="bold", loc="left", y=1.0)
+def _large_panel(axes: Axes, rows: list[dict], name: str, percent: bool) -> None:
+    axes.set_title(_words(name), fontsize=11, fontweight="bold", loc="left", y=1.0)
     _dress(axes, rows)
-    percent = name.startswith("accuracy")
     everything, labels = [], []
     for split, (label, color, line) in SPLITS.items():
         steps, values = _series(rows, split, name)
@@ -132,8 +137,9 @@ def _large_panel(axes: Axes, rows: list[dict], name: str) -> None:
             axes.set_yscale("function", functions=(_stretch, _unstretch))
             axes.yaxis.set_major_locator(FixedLocator(PERCENT_TICKS))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
-        low = min(everything.min(), 0.9)
-        axes.set_ylim(max(low - 0.05 * (1.0 - low), 0.0), 1.0)
+        low, high = min(everything.min(), 0.9), everything.max()
+        top = 1.0 if high > 0.5 else max(1.2 * high, 0.05)
+        axes.set_ylim(max(low - 0.05 * (top - low), 0.0), top)
     axes.legend(frameon=False, fontsize=9, loc="lower right" if percent else "upper right")
     _label_ends(axes, labels)
 
@@ -201,7 +207,13 @@ def _value(value: float, percent: bool) -> str:
     return f"{100 * value:.2f} %" if percent else f"{value:.4g}"
 
 
-def _title(workdir: Path, rows: list[dict], headline: str | None) -> str:
+def _words(name: str) -> str:
+    """What a number is called above a panel: abbreviations in capitals."""
+    written = {"ap": "AP", "miou": "mIoU", "pq": "PQ"}
+    return written.get(name, name.replace("_", " "))
+
+
+def _title(workdir: Path, rows: list[dict], headline: str) -> str:
     name = workdir.resolve().name
     best = None
     if headline:
@@ -209,21 +221,32 @@ def _title(workdir: Path, rows: list[dict], headline: str | None) -> str:
         best = max(kept, key=lambda r: r[headline], default=None)
     if best is None:
         return f"{name}: step {rows[-1]['step']:,}"
-    word = headline.replace("_", " ")
     return (
-        f"{name}: best validation {word} {_value(best[headline], True)} "
+        f"{name}: best validation {_words(headline)} {_value(best[headline], True)} "
         f"at step {best['step']:,} (epoch {best['epoch']:.3g})"
     )
 
 
+def fitting(cell: int) -> int:
+    """How many pictures make a sheet of a few screens, if each is drawn within `cell` pixels."""
+    return 4 * _columns(cell)
+
+
+def _columns(cell: int) -> int:
+    return max(COLUMNS * (CELL + GAP) // (cell + GAP), 1)
+
+
 def predictions(
-    workdir_or_path: str | Path, pictures: Sequence[tuple[np.ndarray, str, bool]]
+    workdir_or_path: str | Path,
+    pictures: Sequence[tuple[np.ndarray, str, bool]],
+    cell: int = CELL,
 ) -> Path:
     """Draws predictions.png: pictures with a green frame where right and a red one where wrong.
 
     Args:
       workdir_or_path: the picture's path, or the folder of a predictions.png.
       pictures: (uint8 [H, W, 3] of any size, title, whether it is right).
+      cell: pixels that the longer side of each has on the sheet, about.
 
     Returns:
       The picture's path.
@@ -237,40 +260,33 @@ def predictions(
         [title for _, title, _ in pictures],
         [GREEN if right else ORANGE for _, _, right in pictures],
         f"{right} of {len(pictures)} right",
+        cell,
     )
 
 
 def sheet(
-    path: str | Path, pictures: Sequence[np.ndarray], titles: Sequence[str], header: str
+    path: str | Path,
+    pictures: Sequence[np.ndarray],
+    titles: Sequence[str],
+    header: str,
+    cell: int = CELL,
 ) -> Path:
     """Draws pictures, uint8 [H, W, 3] of any size, with a title below each; returns the path."""
-    return _sheet(Path(path), pictures, titles, [None] * len(pictures), header)
+    return _sheet(Path(path), pictures, titles, [None] * len(pictures), header, cell)
 
 
-def batch(
-    path: str | Path,
-    images: np.ndarray,
-    titles: Sequence[str],
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Path:
-    """Draws the first pictures of a batch as the model sees them.
+def unstandardised(
+    images: np.ndarray, mean: Sequence[float] | float, std: Sequence[float] | float
+) -> np.ndarray:
+    """A batch as the model sees it -> uint8 pictures.
 
     Args:
-      path: of the picture.
       images: [B, H, W, 3] float32, standardised.
-      titles: one for each image.
       mean: what was subtracted from channels in [0, 1], one number or one for each.
       std: what the difference was divided by, likewise.
-
-    Returns:
-      The picture's path.
     """
-    images = np.asarray(images[:MOST], np.float32) * np.float32(std) + np.float32(mean)
-    pictures = (255 * np.clip(images, 0, 1) + 0.5).astype(np.uint8)
-    shown = "" if len(pictures) == len(titles) else f", the first {len(pictures)} shown"
-    header = f"a batch of {len(titles)} pictures of {images.shape[1]} x {images.shape[2]}{shown}"
-    return _sheet(Path(path), list(pictures), titles[:MOST], [None] * len(pictures), header)
+    images = np.asarray(images, np.float32) * np.float32(std) + np.float32(mean)
+    return (255 * np.clip(images, 0, 1) + 0.5).astype(np.uint8)
 
 
 def _sheet(
@@ -279,13 +295,17 @@ def _sheet(
     titles: Sequence[str],
     colors: Sequence[str | None],
     header: str,
+    cell: int,
 ) -> Path:
     """A grid of pictures with titles below them and frames around those that have a colour."""
-    texts = [_wrap(title) for title in titles]
+    texts = [_wrap(title, LINE_LENGTH * cell // CELL) for title in titles]
     lines = max((text.count("\n") + 1 for text in texts), default=1)
-    columns = min(max(len(pictures), 1), 8)
+    columns = min(max(len(pictures), 1), _columns(cell))
     rows = -(-len(pictures) // columns)
-    step_x, step_y = SIDE + GAP, SIDE + GAP + lines * LINE_HEIGHT
+    fitted = [_fit(picture, cell) for picture in pictures]
+    # No higher than the highest picture, where those are large and wide.
+    tall = cell if cell <= CELL else max((picture.shape[0] for picture in fitted), default=cell)
+    step_x, step_y = cell + GAP, tall + GAP + lines * LINE_HEIGHT
     width = max(columns * step_x - GAP + 2 * MARGIN, 420)  # the header's width
     top = 2 * MARGIN + LINE_HEIGHT
     height = top + rows * step_y
@@ -295,18 +315,17 @@ def _sheet(
     axes.axis("off")
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.text(MARGIN, MARGIN, header, fontsize=11, va="top", parse_math=False)
-    for i, (picture, text, color) in enumerate(zip(pictures, texts, colors, strict=True)):
+    for i, (picture, text, color) in enumerate(zip(fitted, texts, colors, strict=True)):
         x, y = MARGIN + (i % columns) * step_x, top + (i // columns) * step_y
-        fitted = _fit(picture)
-        h, w = fitted.shape[:2]
-        left, upper = x + (SIDE - w) // 2, y + (SIDE - h) // 2
-        canvas[upper : upper + h, left : left + w] = fitted
+        h, w = picture.shape[:2]
+        left, upper = x + (cell - w) // 2, y + (tall - h) // 2 if cell <= CELL else y
+        canvas[upper : upper + h, left : left + w] = picture
         if color:
             corner = (left - 2, upper - 2)
             axes.add_patch(Rectangle(corner, w + 4, h + 4, fill=False, color=color, linewidth=2.5))
         axes.text(
-            x + SIDE / 2,
-            y + SIDE + 5,
+            x + cell / 2,
+            (y + tall if cell <= CELL else upper + h) + 5,
             text,
             color=color or "black",
             fontsize=8,
@@ -318,29 +337,33 @@ def _sheet(
     return _save(figure, path)
 
 
-def _fit(picture: np.ndarray) -> np.ndarray:
-    """Enlarged by a whole factor, so that pixels stay pixels, or made smaller, to fit a cell."""
+def _fit(picture: np.ndarray, cell: int = CELL) -> np.ndarray:
+    """Enlarged by a whole factor, so that pixels stay pixels, or made smaller, to fit a cell.
+
+    In a large cell, whose pictures may have a legend below, the height may be half as much again.
+    """
     h, w = picture.shape[:2]
-    factor = SIDE // max(h, w)
+    high = cell if cell <= CELL else cell * 3 // 2
+    factor = min(cell // w, high // h)
     if factor:
         return np.repeat(np.repeat(picture, factor, 0), factor, 1)
-    scale = SIDE / max(h, w)
+    scale = min(cell / w, high / h)
     size = (max(round(w * scale), 1), max(round(h * scale), 1))
     return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
 
 
-def _wrap(title: str) -> str:
+def _wrap(title: str, length: int = LINE_LENGTH) -> str:
     """At most three lines that fit below a picture; what is too long loses its middle."""
     words = title.encode("utf-8", "replace").decode().replace(" %", "\N{NO-BREAK SPACE}%")
-    words = " ".join(_shorten(word) for word in words.split(" "))
-    lines = textwrap.wrap(words, LINE_LENGTH)
-    return "\n".join([*lines[:2], _shorten(" ".join(lines[2:]))][: len(lines)])
+    words = " ".join(_shorten(word, length) for word in words.split(" "))
+    lines = textwrap.wrap(words, length)
+    return "\n".join([*lines[:2], _shorten(" ".join(lines[2:]), length)][: len(lines)])
 
 
-def _shorten(text: str) -> str:
-    if len(text) <= LINE_LENGTH:
+def _shorten(text: str, length: int) -> str:
+    if len(text) <= length:
         return text
-    return text[: LINE_LENGTH // 2] + "…" + text[1 - LINE_LENGTH // 2 :]
+    return text[: length // 2] + "…" + text[1 - length // 2 :]
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -1,14 +1,11 @@
 """What a checkpoint sees in pictures: python -m vit_jax.predict --checkpoint=REF PICTURE..."""
 
 import argparse
-import csv
-import io
-import json
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,118 +13,21 @@ import numpy as np
 
 from vit_jax import command
 from vit_jax.errors import ConfigError, DataError
+from vit_jax.stream import predict, task_of
 
 USAGE = """Says what is in pictures, by any checkpoint: the likeliest classes with their
-probabilities.
+probabilities, objects with boxes, the share of each class of pixels, or segments.
 
   python -m vit_jax.predict --checkpoint=hf:google/vit-base-patch16-224 cat.jpg
   python -m vit_jax.predict --checkpoint=runs/vit-folder my_pictures --output=guesses.csv
   python -m vit_jax.predict --checkpoint=my_model.safetensors my_pictures --sheet=guesses.png
+  python -m vit_jax.predict --checkpoint=runs/detr my_pictures --threshold=0.7 --draw=drawn
+  python -m vit_jax.predict --checkpoint=runs/detr my_pictures --threshold=0 --output=coco.json
 
 A folder is searched with its sub-folders. What cannot be read is named at the end and left out.
 """
-SHEET = 60  # pictures on a sheet
-AHEAD = 2  # batches that are read while one is computed
+SHEET = 60  # pictures on a sheet of a classifier
 PROGRESS_FROM = 9  # pictures
-
-
-def predict(
-    loaded: Any,
-    files: Iterable[Path],
-    *,
-    batch_size: int = 16,
-    top: int = 5,
-    threads: int = 2,
-    warn: Any = lambda text: None,
-) -> Iterator[dict[str, Any]]:
-    """One result for each file, in their order, while the next ones are being read.
-
-    Args:
-      loaded: of `vit_jax.load`, a classifier.
-      files: picture files.
-      batch_size: pictures at once; halved, for good, each time memory does not suffice.
-      top: how many classes of each.
-      threads: that read and prepare pictures.
-      warn: is told when the batch shrinks.
-
-    Yields:
-      {"picture": path, "predictions": [{"label", "name", "probability"}, ...]}, likeliest first, or
-      {"picture": path, "error": why it cannot be read}.
-    """
-    from vit_jax.build import build
-
-    task = build(dict(loaded.recipe.task), top=top)
-    if loaded.preprocess.size is None:
-        batch_size = 1  # each picture keeps its own shape
-
-    def read(file: Path) -> np.ndarray | DataError:
-        try:
-            return loaded.preprocess.one(file)
-        except DataError as error:
-            return error
-
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: list[tuple[Path, Any]] = []
-        source = iter(files)
-        while True:
-            while len(waiting) < (AHEAD + 1) * batch_size and (file := next(source, None)):
-                waiting.append((file, pool.submit(read, file)))
-            if not waiting:
-                return
-            chosen, images = [], []
-            while waiting and len(images) < batch_size:
-                file, future = waiting.pop(0)
-                result = future.result()
-                chosen.append((file, result))
-                if not isinstance(result, DataError):
-                    images.append(result)
-            found: list[dict] = []
-            while len(found) < len(images):
-                part = np.stack(images[len(found) : len(found) + batch_size])
-                try:
-                    found += _classes(loaded, task, part, batch_size)
-                except MemoryError as error:
-                    if batch_size == 1:
-                        raise
-                    batch_size //= 2
-                    warn(f"{error}; going on with {batch_size} pictures at once")
-            rows = iter(found)
-            for file, result in chosen:
-                if isinstance(result, DataError):
-                    yield {"picture": str(file), "error": str(result).removeprefix(f"{file}: ")}
-                else:
-                    yield {"picture": str(file), "predictions": next(rows)}
-
-
-def _classes(loaded: Any, task: Any, images: np.ndarray, batch_size: int) -> list[list[dict]]:
-    """[b, H, W, 3], b <= batch_size, -> the likeliest classes of each."""
-    import jax
-
-    from vit_jax import mesh
-
-    rows = len(images)
-    # Always the same shape, so that the last batch needs no compilation of its own.
-    padded = np.concatenate([images, np.zeros((batch_size - rows, *images.shape[1:]), np.float32)])
-    with mesh.memory_errors(batch_size):
-        outputs = loaded(image=padded)
-        if not hasattr(outputs, "ndim") or outputs.ndim != 2:
-            raise ConfigError(
-                f"{loaded.source} has no head, so it names no classes; train one: "
-                "python -m vit_jax.main --config=configs/vit.py:finetune --config.init=..."
-            )
-        found = jax.device_get(task.predict(outputs, {}))
-    labels, probabilities = found["top_labels"][:rows], found["top_probabilities"][:rows]
-    return [
-        [
-            {"label": int(label), "name": _name(loaded, label), "probability": float(probability)}
-            for label, probability in zip(*row, strict=True)
-        ]
-        for row in zip(labels, probabilities, strict=True)
-    ]
-
-
-def _name(loaded: Any, label: int) -> str:
-    return loaded.labels[label] if loaded.labels else f"class {label}"
 
 
 def pictures_of(places: Iterable[str]) -> list[Path]:
@@ -151,37 +51,47 @@ def pictures_of(places: Iterable[str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def as_text(results: list[dict[str, Any]], form: str) -> str:
-    """Results as a table for people, as JSON or as CSV."""
-    good = [result for result in results if "predictions" in result]
-    if form == "json":
-        return json.dumps(results, indent=2) + "\n"
-    if form == "csv":
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["picture", "rank", "label", "name", "probability"])
-        for result in good:
-            for rank, row in enumerate(result["predictions"], 1):
-                probability = f"{row['probability']:.6g}"
-                writer.writerow([result["picture"], rank, row["label"], row["name"], probability])
-        return out.getvalue()
-    lines = []
-    for result in good:
-        lines.append(result["picture"])
-        lines += [f"  {row['probability']:7.2%}  {row['name']}" for row in result["predictions"]]
-    return "".join(line + "\n" for line in lines)
+class Drawings:
+    """Drawn pictures: each in a file of its own, and the first ones on a sheet.
 
+    Args:
+      files: all pictures, in order.
+      folder: for a PNG of each, by the names of the files; None for none.
+      count: how many are kept for the sheet.
+    """
 
-def draw(path: Path, loaded: Any, results: list[dict[str, Any]]) -> Path:
-    """A sheet of the first pictures, each with its likeliest class."""
-    from vit_jax import pictures
-    from vit_jax.data.decode import as_rgb
+    def __init__(self, files: list[Path], folder: Path | None, count: int):
+        self.folder, self.count = folder, count
+        self.kept: dict[int, tuple[np.ndarray, str]] = {}
+        self.places = {file: place for place, file in enumerate(files)}
+        self.names: dict[Path, str] = {}
+        used: dict[str, int] = {}
+        for file in files:
+            used[file.stem] = used.get(file.stem, 0) + 1
+            again = f"-{used[file.stem]}" if used[file.stem] > 1 else ""
+            self.names[file] = f"{file.stem}{again}.png"
+        self._lock = threading.Lock()
 
-    shown = [result for result in results if "predictions" in result][:SHEET]
-    titles = [
-        f"{r['predictions'][0]['name']} ({r['predictions'][0]['probability']:.0%})" for r in shown
-    ]
-    return pictures.sheet(path, [as_rgb(r["picture"]) for r in shown], titles, loaded.source)
+    def __call__(self, file: Path, picture: np.ndarray, title: str) -> None:
+        """Takes one picture, from any thread."""
+        from PIL import Image
+
+        if self.folder:
+            path = self.folder / self.names[file]
+            unfinished = path.with_name(path.name + ".tmp")
+            Image.fromarray(picture).save(unfinished, format="PNG")
+            os.replace(unfinished, path)
+        with self._lock:
+            self.kept[self.places[file]] = picture, title
+            if len(self.kept) > self.count:
+                del self.kept[max(self.kept)]
+
+    def sheet(self, path: Path, header: str, cell: int) -> Path:
+        """Draws the kept pictures on one."""
+        from vit_jax import pictures
+
+        shown = [self.kept[place] for place in sorted(self.kept)]
+        return pictures.sheet(path, *map(list, zip(*shown, strict=True)), header, cell)
 
 
 def write(path: Path, text: str) -> None:
@@ -200,11 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="REF", help="hf:OWNER/NAME, a file, folder or run")
     add("places", nargs="+", metavar="PICTURE_OR_FOLDER")
-    add("--top", type=int, default=5, help="classes of each picture (default 5)")
+    add("--top", type=int, help="classes, or objects at most, of each picture (default 5 or 100)")
+    add("--threshold", type=float, help="probability from which an object is told")
     add("--format", choices=["table", "json", "csv"], help="default: of OUTPUT's name, or table")
     add("--output", type=Path, metavar="FILE", help="instead of the terminal")
-    add("--sheet", type=Path, metavar="FILE.png", help="also draw the pictures with their classes")
-    add("--batch_size", type=int, default=16, help="pictures at once (default 16)")
+    add("--draw", type=Path, metavar="FOLDER", help="also draw each picture with what is found")
+    add("--sheet", type=Path, metavar="FILE.png", help="also draw the first pictures on one sheet")
+    add("--batch_size", type=int, help="pictures at once (default 16, fewer if they are large)")
     add("--dtype", default="float32", help="float32, bfloat16 or float16")
     add("--image_size", type=int, help="pixels, where not the checkpoint's own")
     add("--threads", type=int, default=2, help="that read pictures (default 2)")
@@ -214,8 +126,18 @@ def _parser() -> argparse.ArgumentParser:
 def _check(options: argparse.Namespace) -> None:
     """What can be wrong before anything is loaded; ConfigError says it."""
     for name in ("top", "batch_size", "threads"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name}={getattr(options, name)} must be at least 1")
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name}={value} must be at least 1")
+    if options.threshold is not None and not 0 <= options.threshold <= 1:
+        raise ConfigError(f"--threshold={options.threshold:g} must be in 0..1")
+    if options.draw:
+        try:
+            options.draw.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--draw={options.draw} is no folder: {error.strerror}") from error
+        if not os.access(options.draw, os.W_OK):
+            raise ConfigError(f"--draw={options.draw} cannot be written")
     for file in filter(None, (options.output, options.sheet)):
         if file.is_dir() or not file.absolute().parent.is_dir():
             raise ConfigError(f"{file} cannot be written: wanted a file in a folder that exists")
@@ -238,18 +160,28 @@ def main(argv: list[str] | None = None) -> int:
         _say(f"preprocessing: {loaded.preprocess}")
         for remark in loaded.remarks:
             _say(f"note: {remark}")
-        results = _all(loaded, files, options)
+        from vit_jax import found, pictures
+
+        task = task_of(loaded, top=options.top, threshold=options.threshold)
+        kind = found.kind_of(task)
+        if options.draw and not kind.places:
+            raise ConfigError(f"--draw is for models that say where; use --sheet: {loaded.source}")
+        count = pictures.fitting(task.cell) if kind.places else SHEET
+        drawings = Drawings(files, options.draw, count if options.sheet else 0)
+        results = _all(loaded, files, options, drawings if options.draw or options.sheet else None)
         suffix = options.output.suffix.lstrip(".") if options.output else ""
         form = options.format or (suffix if suffix in ("json", "csv") else "table")
-        text = as_text(results, form)
+        text = found.as_text(results, form, kind)
         if options.output:
             write(options.output, text)
             _say(f"written: {options.output}")
         else:
             print(text, end="", flush=True)
         good = [result for result in results if "error" not in result]
+        if options.draw and good:
+            _say(f"drawn: {len(good)} pictures in {options.draw}")
         if options.sheet and good:
-            _say(f"drawn: {draw(options.sheet, loaded, results)}")
+            _say(f"drawn: {drawings.sheet(options.sheet, loaded.source, task.cell)}")
         for result in results:
             if "error" in result:
                 _say(f"left out: {result['picture']}: {result['error']}")
@@ -260,7 +192,9 @@ def main(argv: list[str] | None = None) -> int:
     return command.guard(body)
 
 
-def _all(loaded: Any, files: list[Path], options: argparse.Namespace) -> list[dict[str, Any]]:
+def _all(
+    loaded: Any, files: list[Path], options: argparse.Namespace, draw: Drawings | None
+) -> list[dict[str, Any]]:
     """All results, with a bar and images/s on stderr where there are many."""
     import rich.progress
     from rich.console import Console
@@ -276,12 +210,8 @@ def _all(loaded: Any, files: list[Path], options: argparse.Namespace) -> list[di
     bar = rich.progress.Progress(
         *columns, console=console, disable=not many or not console.is_terminal
     )
-    settings = {
-        "batch_size": min(options.batch_size, len(files)),
-        "top": options.top,
-        "threads": options.threads,
-        "warn": _say,
-    }
+    settings = {name: getattr(options, name) for name in ("top", "threshold", "threads")}
+    settings |= {"batch_size": options.batch_size, "draw": draw, "warn": _say}
     results, began = [], time.monotonic()
     with bar:
         shown = bar.add_task("", total=len(files), speed="")

@@ -23,7 +23,8 @@ from vit_jax.errors import CheckpointError, ConfigError, DataError
 from vit_jax.pretrained import finetune
 from vit_jax.pretrained.own import LABELS
 
-FREE_KEYS = ("data.threads", "data.workers", "checkpoint.", "log_every")  # change no number
+# Change nothing of what is learned.
+FREE_KEYS = ("data.threads", "data.workers", "checkpoint.", "log_every", "eval.inference.")
 
 
 # XLA spends ten times longer on making random numbers fast on a CPU than on making them.

@@ -16,7 +16,13 @@ import numpy as np
 from vit_jax import checkpoint, cost, mesh, pictures, step
 from vit_jax.contracts import Batch, Sums
 from vit_jax.errors import CheckpointError, DivergedError
-from vit_jax.evaluate import SHOWN, broken_pictures, draw, evaluate_split, rows_of
+from vit_jax.evaluate import (
+    broken_pictures,
+    compile_eval_step,
+    draw,
+    evaluate_split,
+    rows_of,
+)
 from vit_jax.report import Report, read_metrics, sentence
 from vit_jax.run import Run, claim, set_up
 
@@ -106,7 +112,7 @@ class _Loop:
     def __init__(self, run: Run, workdir: Path, report: Report, checkpoints, stopped: list[int]):
         self.run, self.workdir, self.report = run, workdir, report
         self.checkpoints, self.stopped = checkpoints, stopped
-        self.evaluate = jax.jit(partial(step.eval_step, model=run.model, task=run.task))
+        self.evaluate = compile_eval_step(run)
         per_epoch = max(int(run.steps_per_epoch), 1)
         self.eval_every = run.config["eval_every"] or per_epoch
         self.checkpoint_every = run.config["checkpoint_every"] or self.eval_every
@@ -229,7 +235,8 @@ class _Loop:
                 self.report.write(now, split, numbers)
                 self.report.say(f"step {now} {split}: {sentence(numbers)}")
             if now >= self.run.total_steps or time.monotonic() - self.drawn > SECONDS_A_PICTURE:
-                self.report.attempt("draw curves.png", pictures.curves, self.workdir)
+                headline = self.run.task.headline
+                self.report.attempt("draw curves.png", pictures.curves, self.workdir, headline)
                 self.drawn = time.monotonic()
         numbers = list(results.values())[-1]
         return numbers, self._rank(numbers)
@@ -240,9 +247,9 @@ class _Loop:
 
     def _pictures(self, state: step.TrainState) -> None:
         variables = list(rows_of(state).values())[-1]
-        drawn = draw(self.run, self.evaluate, variables, SHOWN)
-        file = self.workdir / "predictions.png"
-        self.report.attempt("draw predictions.png", pictures.predictions, file, drawn)
+        drawn = draw(self.run, self.evaluate, variables)
+        file, cell = self.workdir / "predictions.png", self.run.task.cell
+        self.report.attempt("draw predictions.png", pictures.predictions, file, drawn, cell)
 
 
 def describe(run: Run, say: Callable[[str], None]) -> None:

@@ -462,6 +462,7 @@ def test_examples_without_labels_need_no_padding():
 class _Keys:
     def __init__(self, dataset, keys):
         self.dataset, self.keys = dataset, keys
+        self.class_names = dataset.class_names
 
     def __len__(self):
         return len(self.dataset)

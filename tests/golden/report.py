@@ -1,4 +1,4 @@
-"""Parity at published sizes: random weights in the peer's model, its file opened here, logits
+"""Parity at published sizes: random weights in the peer's model, its file opened here, outputs
 compared. `python tests/golden/make.py --report` writes docs/parity.md.
 """
 
@@ -20,6 +20,11 @@ import numpy as np
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = Path(__file__).parent / "parity.json"
 LIMIT = 1e-4
+SETR = (
+    "Neither transformers nor timm has SETR, so its decoders have no peer to be compared with. "
+    "`tests/models/test_setr.py` checks the number of their parameters against those published, "
+    "and how the maps go through them; its ViT is one of those above."
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Row:
       make: builds the peer's model, with random weights.
       sizes: (H, W) of the images: the published one, and an awkward one.
       call: the peer's further arguments at another size than it was made for.
+      masked: asks for two images of unequal size, padded, with a mask.
     """
 
     name: str
@@ -39,6 +45,7 @@ class Row:
     make: Callable[[], Any]
     sizes: tuple[tuple[int, int], ...]
     call: dict[str, Any] = field(default_factory=dict)
+    masked: bool = False
 
 
 def hf(name: str, kind: str, sizes, call: dict | None = None, **config) -> Row:
@@ -49,6 +56,31 @@ def hf(name: str, kind: str, sizes, call: dict | None = None, **config) -> Row:
         return getattr(transformers, f"{kind}ForImageClassification")(settings)
 
     return Row(name, "transformers", make, tuple(sizes), call or {})
+
+
+def detr(name: str, head: str = "ObjectDetection", sizes=None, **config) -> Row:
+    def make():
+        import transformers
+
+        settings = {"num_labels": 91, "use_pretrained_backbone": False} | config
+        if "backbone_config" in settings:
+            inner = transformers.ResNetConfig(**settings["backbone_config"])
+            settings |= {"backbone_config": inner, "use_timm_backbone": False}
+        return getattr(transformers, f"DetrFor{head}")(transformers.DetrConfig(**settings))
+
+    return Row(name, "transformers", make, tuple(sizes or (VGA, DETR_ODD)), masked=True)
+
+
+def upernet(name: str, sizes, swin: dict, **config) -> Row:
+    def make():
+        import transformers
+
+        inner = transformers.SwinConfig(**swin, out_features=STAGES)
+        settings = {"num_labels": 150, "backbone_config": inner} | config
+        kind = transformers.UperNetForSemanticSegmentation
+        return kind(transformers.UperNetConfig(**settings))
+
+    return Row(name, "transformers", make, tuple(sizes))
 
 
 def deit(name: str, **config) -> Row:
@@ -70,7 +102,9 @@ def timm(name: str, sizes, **config) -> Row:
     return Row(name, "timm", make, tuple(sizes))
 
 
-S224, S384, S256 = (224, 224), (384, 384), (256, 256)
+S224, S384, S256, S512 = (224, 224), (384, 384), (256, 256), (512, 512)
+VGA, DETR_ODD = (480, 640), (421, 533)  # no map of the second divides the one before
+STAGES = [f"stage{i}" for i in range(1, 5)]
 ODD = (296, 328)  # the window divides neither side
 LARGE_ODD = (392, 424)  # transformers fails where a map is smaller than the window it was made for
 VIT_ODD = (240, 304)  # a multiple of 16, not square
@@ -133,6 +167,14 @@ ROWS = (
     ),
     hf("ResNet-50", "ResNet", [S224, ODD]),
     hf("ResNet-101", "ResNet", [S224, ODD], depths=[3, 4, 23, 3]),
+    detr("DETR-R50"),
+    detr("DETR-R50, its own ResNet", backbone_config={"out_features": STAGES}),
+    detr("DETR-R50-DC5", dilation=True),
+    detr("DETR-R101", backbone="resnet101", use_timm_backbone=True),
+    detr("DETR-R50 panoptic", "Segmentation", [(320, 448), (277, 341)], num_labels=250),
+    upernet("UPerNet-Swin-T", [S512, ODD], SWIN_T),
+    upernet("UPerNet-Swin-T small", [S224, (180, 224)], SWIN_T),
+    upernet("UPerNet-Swin-B", [S512, ODD], SWIN_B | {"window_size": 12}),
     timm("vit_base_patch16_224", [S224, VIT_ODD], **DYNAMIC),
     timm("deit_small_distilled_patch16_224", [S224, VIT_ODD], **DYNAMIC),
     timm("vit_base_r50_s16_224", [S224, (320, 256)], **DYNAMIC),
@@ -186,7 +228,7 @@ def save(row: Row, model: Any, folder: Path) -> None:
 
 
 def measure(row: Row) -> dict[str, Any]:
-    """The largest difference of logits, relative to the largest logit, at each size."""
+    """The largest difference of an output, relative to its largest number, at each size."""
     import torch
 
     import vit_jax
@@ -200,17 +242,49 @@ def measure(row: Row) -> dict[str, Any]:
         save(row, model, Path(name))
         loaded = vit_jax.load(name)
     for size in row.sizes:
-        image = np.random.default_rng(1).normal(size=(1, 3, *size)).astype(np.float32)
-        with torch.no_grad():
-            call = row.call if size != row.sizes[0] else {}
-            # A copy: transformers' Swin, once it has not shifted a small map, never shifts again.
-            theirs = copy.deepcopy(model)(torch.from_numpy(image), **call)
-        theirs = getattr(theirs, "logits", theirs).numpy()
-        ours = loaded(image=image.transpose(0, 2, 3, 1))
-        ours = np.asarray(getattr(ours, "pooled", ours))
-        difference = np.abs(ours - theirs).max() / np.abs(theirs).max()
-        found["differences"][f"{size[0]}x{size[1]}"] = float(difference)
+        call = row.call if size != row.sizes[0] else {}
+        # A copy: transformers' Swin, once it has not shifted a small map, never shifts again.
+        worst = difference(loaded, copy.deepcopy(model), size, row.masked, call)
+        found["differences"][f"{size[0]}x{size[1]}"] = worst
     return found
+
+
+def difference(
+    loaded: Any, model: Any, size: tuple[int, int], masked: bool, call: dict[str, Any]
+) -> float:
+    """The largest difference of an output of ours and the peer's, over its largest number."""
+    import torch
+
+    image = np.random.default_rng(1).normal(size=(1 + masked, 3, *size))
+    batch, call = {}, dict(call)
+    if masked:
+        mask = np.zeros((2, *size), bool)
+        mask[0, :, : round(0.8 * size[1])] = mask[1, : round(0.7 * size[0])] = True
+        image *= mask[:, None]
+        batch["image_mask"] = mask
+        call["pixel_mask"] = torch.from_numpy(mask.astype(np.int64))
+    image = image.astype(np.float32)
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(image), **call)
+    pairs = zip(_ours(loaded(image=image.transpose(0, 2, 3, 1), **batch)), _theirs(theirs))
+    return float(max(np.abs(a - b).max() / np.abs(b).max() for a, b in pairs))
+
+
+def _ours(outputs: Any) -> list[np.ndarray]:
+    """Logits or a description; of a detector boxes too, and masks where there are such."""
+    if isinstance(outputs, dict):
+        parts = ("logits", "boxes", "masks")
+        return [np.asarray(outputs[part]) for part in parts if part in outputs]
+    return [np.asarray(getattr(outputs, "pooled", outputs))]
+
+
+def _theirs(outputs: Any) -> list[np.ndarray]:
+    """The same of a peer, in our order of axes."""
+    if hasattr(outputs, "pred_boxes"):
+        parts = (outputs.logits, outputs.pred_boxes, getattr(outputs, "pred_masks", None))
+        return [part.numpy() for part in parts if part is not None]
+    logits = getattr(outputs, "logits", outputs).numpy()
+    return [logits.transpose(0, 2, 3, 1) if logits.ndim == 4 else logits]  # of pixels
 
 
 def main(only: str = "", missing: bool = False) -> None:
@@ -249,7 +323,9 @@ def _table(known: dict[str, Any]) -> str:
         "Random weights (biases, norms, statistics and tables too) in the peer's model, saved as "
         "the peer saves them, opened here by `vit_jax.load`, and both asked for logits, in float32 "
         "on a CPU: the largest difference over the largest logit, at the published size and at an "
-        f"awkward one. At most {LIMIT:g} is wanted."
+        f"awkward one. At most {LIMIT:g} is wanted. DETR gets two images of unequal size, padded "
+        "to one shape, with a mask; its boxes and masks are compared like its logits, and the "
+        "worst of them is told."
     )
     how = (
         "Command: `python tests/golden/make.py --report`, where PyTorch, timm and transformers are "
@@ -275,4 +351,5 @@ def _table(known: dict[str, Any]) -> str:
         cells = [f"{size}: {value:.1e}" for size, value in found["differences"].items()] + [""]
         start = f"| {row.name} | {row.peer} | {found['parameters']:,} | "
         lines.append(start + " | ".join(cells[:2]) + " |")
+    lines += ["", *textwrap.wrap(SETR, 120)]
     return "\n".join(lines) + "\n"

@@ -12,6 +12,7 @@ from vit_jax.models import swin
 from vit_jax.models.swin import PatchMerging, Swin, SwinBlock
 from vit_jax.pretrained import names
 from vit_jax.pretrained.families.swin import HF
+from vit_jax.run import RUNS_ONCE
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "swin_tiny.npz"
 TINY = partial(Swin, width=8, depths=(2, 2), heads=(2, 4), window=2)
@@ -98,6 +99,21 @@ def test_parameters_do_not_depend_on_the_image_size():
         return jax.eval_shape(partial(Swin().init, train=False), jax.random.key(0), pixels)
 
     chex.assert_trees_all_equal_shapes(shapes(1, 3), shapes(30, 50), shapes(300, 230))
+
+
+def test_a_small_map_is_shifted_only_where_that_was_published():
+    def reach(shape, **fields):
+        """How many pixels change when the first does, with windows of 4."""
+        block = SwinBlock(heads=2, window=4, shifted=True, **fields)
+        x = image(shape=(1, *shape, 4))
+        apply = jax.jit(partial(block.apply, random_variables(block, x), train=False))
+        change = apply(x.at[0, 0, 0, 0].add(1.0)) - apply(x)
+        return int((jnp.abs(change).sum(-1) > 0).sum())
+
+    assert reach((4, 4)) == 16  # one window, not shifted
+    assert reach((4, 4), always_shift=True) == 4  # the quarter before the shift
+    assert reach((3, 4)) == 9  # a window of 3
+    assert reach((3, 4), always_shift=True) == 4  # padded to 4
 
 
 def block_and_reach(shifted):
@@ -230,3 +246,21 @@ def test_bfloat16_computes_close_by_and_keeps_float32_parameters(tiny):
 def test_stages_of_unequal_number_are_refused():
     with pytest.raises(ValueError, match=r"heads=\(2,\) must name one number for each stage"):
         jax.eval_shape(partial(TINY(heads=(2,)).init, train=False), jax.random.key(0), image())
+
+
+def test_padding_of_zeros_leaves_the_gradient_of_a_fresh_model_as_large_as_it_was():
+    model = TINY(depths=(1, 1), heads=(1, 1))
+    full = image(shape=(1, 16, 16, 3))
+    half = full.at[:, 8:].set(0)
+
+    @jax.jit
+    def norm_of_gradient(variables, pixels):
+        def loss(variables):
+            return model.apply(variables, pixels, train=False).maps[-1].var()
+
+        gradient = jax.grad(loss)(variables)
+        return jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(gradient)))
+
+    init = jax.jit(partial(model.init, train=False)).lower(jax.random.key(0), full)
+    variables = init.compile(RUNS_ONCE)(jax.random.key(0), full)
+    assert norm_of_gradient(variables, half) < 10 * norm_of_gradient(variables, full)

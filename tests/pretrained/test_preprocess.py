@@ -9,7 +9,7 @@ from PIL import Image
 from vit_jax.data.transforms import CenterCrop
 from vit_jax.errors import CheckpointError, DataError
 from vit_jax.pretrained import preprocess
-from vit_jax.pretrained.preprocess import Preprocessing, standardize, step
+from vit_jax.pretrained.preprocess import Preprocessing, short_side, standardize, step
 
 LAST = standardize(preprocess.HALF, preprocess.HALF)
 VIT = {"do_resize": True, "size": {"height": 24, "width": 32}, "resample": 2, "do_normalize": True}
@@ -179,3 +179,55 @@ def test_a_person_can_read_it():
         "resize the short side to 256, bicubic; cut out the middle 224; mean (0.5, 0.5, 0.5), std "
         "(0.5, 0.5, 0.5)"
     )
+
+
+OLD_DETR = {
+    "feature_extractor_type": "DetrFeatureExtractor",
+    "format": "coco_detection",
+    "do_resize": True,
+    "size": 800,
+    "max_size": 1333,
+    "image_mean": list(preprocess.IMAGENET[0]),
+    "image_std": list(preprocess.IMAGENET[1]),
+}
+NEW_DETR = {k: v for k, v in OLD_DETR.items() if k not in ("max_size", "feature_extractor_type")}
+NEW_DETR |= {"image_processor_type": "DetrImageProcessor", "do_pad": True, "resample": 2}
+NEW_DETR |= {"size": {"shortest_edge": 800, "longest_edge": 1333}}
+
+
+@pytest.mark.parametrize("config", [OLD_DETR, NEW_DETR], ids=["old", "new"])
+def test_detr_resizes_the_short_side_with_a_cap_on_the_long_one(config):
+    found = preprocess.from_hf(config)
+    assert found.steps == (short_side(800, 1333), standardize(*preprocess.IMAGENET))
+    assert found.size is None
+    assert found.typical == (832, 1088)  # 800 x 1066, in steps of 64
+    assert found.one(np.zeros((48, 64, 3), np.uint8)).shape == (800, 1066, 3)
+    assert found.one(np.zeros((50, 20, 3), np.uint8)).shape == (1332, 533, 3)
+    written = preprocess.to_hf(found, "DetrImageProcessor")
+    assert preprocess.from_hf(written) == found
+    assert written["size"] == NEW_DETR["size"]
+    assert written["do_pad"]
+
+
+def test_a_segmenters_one_number_is_a_square():
+    found = preprocess.from_hf({"feature_extractor_type": "SegformerFeatureExtractor", "size": 512})
+    assert found.steps[0] == step("Resize", size=(512, 512), interpolation="bilinear")
+    written = preprocess.to_hf(found, "SegformerImageProcessor")
+    assert written["image_processor_type"] == "SegformerImageProcessor"
+    assert preprocess.from_hf(written) == found
+
+
+def test_a_batch_is_padded_to_its_largest_picture_and_says_where():
+    found = Preprocessing((short_side(8, 20), LAST))
+    batch = found.batch([np.full((4, 6, 3), 255, np.uint8), np.zeros((10, 5, 3), np.uint8)])
+    assert batch["image"].shape == (2, 16, 12, 3)
+    assert batch["image_mask"].sum((1, 2)).tolist() == [8 * 12, 16 * 8]
+    assert (batch["image"][0, :8, :12] == 1).all()
+    assert not batch["image"][~batch["image_mask"]].any()
+    with pytest.raises(DataError, match=r"(?s)several sizes.*preprocess.batch"):
+        found([np.zeros((4, 6, 3), np.uint8), np.zeros((10, 5, 3), np.uint8)])
+
+
+def test_another_size_moves_both_sides_of_a_cap():
+    found = Preprocessing((short_side(800, 1333), LAST)).resized((400, 400))
+    assert found.steps[0] == short_side(400, 666)

@@ -13,7 +13,7 @@ import numpy as np
 from vit_jax.contracts import Dataset, Example
 from vit_jax.data import tfds
 from vit_jax.data.folder import SPLITS
-from vit_jax.data.geometry import Pixels, check_boxes, picture_size
+from vit_jax.data.geometry import Pixels, check_boxes, fullest, picture_size
 from vit_jax.data.masks import check_share, existing, held_out
 from vit_jax.errors import ConfigError, DataError, nearest
 
@@ -89,6 +89,11 @@ class Coco:
         """(H, W) of a picture."""
         return self.sizes[index]
 
+    def fullest(self) -> tuple[int, int]:
+        """The picture with most objects that are no crowds, and how many."""
+        learned = np.insert(np.cumsum(~self.crowds), 0, 0)[self.starts]
+        return fullest(np.diff(learned).tolist())
+
     def name(self, index: int) -> str:
         """The picture's path, such as `000000000139.jpg`."""
         return self.files[index]
@@ -139,12 +144,12 @@ def open(
         return tfds.open(split, name=PREPARED, data_dir=data_dir)
     named = {"train": train_json, "validation": validation_json}
     file, whole = _find(root, split, named[split])
-    content = _load(file)
+    content = load(file)
     pictures = content["images"]
     if not whole:
         key = lambda picture: str(picture.get("file_name"))  # noqa: E731
         pictures = held_out(pictures, split, validation_share, key)
-    folder = _folder_of(pictures, file, root, split, images)
+    folder = folder_of(pictures, file, root, split, images)
     return _assemble(file, folder, content, pictures, masks, published_ids)
 
 
@@ -177,7 +182,8 @@ def _find(root: Path, split: str, named: str) -> tuple[Path, bool]:
     return whole[0], False
 
 
-def _load(file: Path) -> dict[str, Any]:
+def load(file: Path) -> dict[str, Any]:
+    """A JSON with COCO's lists; DataError if it is none."""
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
@@ -193,9 +199,9 @@ def _load(file: Path) -> dict[str, Any]:
     return content
 
 
-def _folder_of(pictures: list, file: Path, root: Path, split: str, images: str) -> Path:
+def folder_of(pictures: list, file: Path, root: Path, split: str, images: str) -> Path:
     """Where the pictures lie; DataError if one is missing there."""
-    names = [_field(p, "file_name", file, "image") for p in pictures]
+    names = [field(p, "file_name", file, "image") for p in pictures]
     if images:
         places = [root / images]
     else:
@@ -229,7 +235,7 @@ def _assemble(
 ) -> Coco:
     """Checked arrays of what the JSON says of these pictures."""
     names = {
-        _field(c, "id", file, "category"): str(_field(c, "name", file, "category"))
+        field(c, "id", file, "category"): str(field(c, "name", file, "category"))
         for c in content["categories"]
     }
     ids = tuple(sorted(names))
@@ -239,9 +245,9 @@ def _assemble(
         ids = tuple(range(max(ids) + 1))
     label_of = {category: label for label, category in enumerate(ids)}
 
-    image_ids = tuple(_field(p, "id", file, "image") for p in pictures)
-    sizes = tuple(_size(p, file) for p in pictures)
-    known = {_field(p, "id", file, "image") for p in content["images"]}
+    image_ids = tuple(field(p, "id", file, "image") for p in pictures)
+    sizes = tuple(size_of(p, file) for p in pictures)
+    known = {field(p, "id", file, "image") for p in content["images"]}
     objects: dict[Any, list[dict]] = {i: [] for i in image_ids}
     if len(objects) < len(image_ids):
         twice = next(i for n, i in enumerate(image_ids) if i in image_ids[:n])
@@ -277,7 +283,7 @@ def _assemble(
         crowds += [bool(entry.get("iscrowd", 0)) for entry in entries]
         areas += [entry.get("area", entry["bbox"][2] * entry["bbox"][3]) for entry in entries]
         if masks:
-            outlines += [_field(entry, "segmentation", file, "annotation") for entry in entries]
+            outlines += [field(entry, "segmentation", file, "annotation") for entry in entries]
         starts.append(len(labels))
     if dropped or cut:
         log.warning(
@@ -304,22 +310,24 @@ def _assemble(
     )
 
 
-def _field(entry: dict, key: str, file: Path, what: str) -> Any:
+def field(entry: dict, key: str, file: Path, what: str) -> Any:
+    """An entry's value; DataError, naming the entry, if it has none."""
     if key not in entry:
         shown = entry.get("id", entry.get("file_name", sorted(entry)))
         raise DataError(f"{file}: the {what} {shown!r} has no {key!r}")
     return entry[key]
 
 
-def _size(picture: dict, file: Path) -> Pixels:
-    size = tuple(_field(picture, key, file, "image") for key in ("height", "width"))
+def size_of(picture: dict, file: Path) -> Pixels:
+    """(height, width) of an entry of `images`; DataError if they cannot be."""
+    size = tuple(field(picture, key, file, "image") for key in ("height", "width"))
     if not all(isinstance(n, int) and n > 0 for n in size):
         raise DataError(f"{file}: the image {picture['id']!r} has height and width {size}")
     return size
 
 
 def _box(entry: dict, file: Path) -> Sequence[float]:
-    box = _field(entry, "bbox", file, "annotation")
+    box = field(entry, "bbox", file, "annotation")
     right = isinstance(box, list) and len(box) == 4
     if not right or not all(isinstance(n, (int, float)) for n in box):
         raise DataError(

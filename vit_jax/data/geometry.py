@@ -10,6 +10,7 @@ with its label, its mask and its crowd mark. Transforms of colour, such as
 `data.transforms.ColorJitter`, leave all that alone and may stand between.
 """
 
+import dataclasses
 import io
 import math
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ from typing import ClassVar
 import cv2
 import numpy as np
 
-from vit_jax.contracts import Batch, Example
+from vit_jax.contracts import Batch, Dataset, Example
 from vit_jax.data import operations
 from vit_jax.data.decode import ORIENTATION, READERS
 from vit_jax.errors import ConfigError, DataError
@@ -170,6 +171,27 @@ def check_boxes(boxes: np.ndarray, size: Pixels, slack: float = 1.0) -> tuple[np
             raise DataError(f"box {number} is inverted: (x0, y0, x1, y1) = ({shown})")
     inside = np.clip(boxes, 0, np.float32((W, H, W, H)))
     return inside, (inside[:, 2:] > inside[:, :2]).all(1)
+
+
+def check_labels(example: Example, classes: int) -> None:
+    """DataError if an object's or a pixel's class is none of 0 .. classes - 1.
+
+    255 in `segmentation` is ignored. Looked at where the data is read, on the host: under jit no
+    value can be, and a loss would only turn into no number.
+    """
+    for key, what in (("label", "it"), ("box_label", "an object"), ("segmentation", "a pixel")):
+        if key not in example:
+            continue
+        labels = np.asarray(example[key])
+        wrong = (labels < 0) | (labels >= classes)
+        if key == "segmentation":
+            wrong &= labels != IGNORED
+        if wrong.any():
+            note = ", or 255 to be ignored" if key == "segmentation" else ""
+            raise DataError(
+                f"{what} has the class id {labels[wrong].flat[0]}, and the data says that there "
+                f"are {classes} classes: ids must be 0 to {classes - 1}{note}"
+            )
 
 
 class _Geometry:
@@ -375,11 +397,12 @@ class Pad:
     The pipeline gives a batch the smallest of `shapes` that holds all its rows, over all hosts.
     Pictures lie in the upper left corner; the rest is zeros, `image_mask` is False there and
     `segmentation` 255. Entries that have no place in a batch, such as a sentence, are left out,
-    and so are crowds and boxes without area: they are nothing to learn from.
+    and so are crowds and boxes without area inside the picture: they are nothing to learn from.
 
     Attributes:
       shapes: (H, W) of the batches.
-      boxes: M, the most a picture may have; 0 leaves boxes and masks out of the batch.
+      boxes: M, the most a picture may have; 0 leaves boxes and masks out of the batch, and -1 is
+        as many as the fullest picture of the dataset has, which `fitted` looks up.
       masks: whether `masks` [B, M, H, W] go into the batch.
       segmentation: whether `segmentation` does, where the data has it.
     """
@@ -400,8 +423,28 @@ class Pad:
                 f"shapes={self.shapes!r} must hold {whole} too: a batch may have pictures of the "
                 "greatest height and others of the greatest width"
             )
-        if self.boxes < 0 or (self.masks and not self.boxes):
-            raise ValueError(f"boxes={self.boxes!r} must not be negative, nor 0 with masks")
+        if self.boxes < -1 or (self.masks and not self.boxes):
+            raise ValueError(f"boxes={self.boxes!r} must be -1 or more, and not 0 with masks")
+
+    def fitted(self, dataset: Dataset) -> "Pad":
+        """With room for the objects of a dataset that knows its `fullest` picture.
+
+        Raises:
+          ConfigError: if a picture has more than `boxes`, or that is -1 and nobody knows.
+        """
+        if not self.boxes or not hasattr(dataset, "fullest"):
+            if self.boxes < 0:
+                raise ConfigError(
+                    f"Pad's boxes={self.boxes} takes the number from the dataset, and this one "
+                    "does not know it: say how many boxes a picture may have"
+                )
+            return self
+        index, count = dataset.fullest()
+        if self.boxes < 0:
+            return dataclasses.replace(self, boxes=max(count, 1))
+        if count > self.boxes:
+            raise ConfigError(_too_many(dataset.name(index), count, self.boxes))
+        return self
 
     def shape(self, sizes: Iterable[Pixels]) -> Pixels:
         """The shape of least area that holds all sizes; ConfigError if none does."""
@@ -457,15 +500,13 @@ class Pad:
             batch["segmentation"][row, :H, :W] = example["segmentation"]
         if "boxes" in batch:
             boxes = np.asarray(example["boxes"], np.float32).reshape(-1, 4)
+            boxes = np.clip(boxes, 0, np.float32((W, H, W, H)))
             kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
             if "crowd" in example:
                 kept &= ~np.asarray(example["crowd"], bool)
             count = int(kept.sum())
             if count > self.boxes:
-                raise ConfigError(
-                    f"{name} has {count} boxes, and Pad's boxes={self.boxes} is the most a "
-                    f"picture may have: set it to {count} or more"
-                )
+                raise ConfigError(_too_many(name, count, self.boxes))
             x0, y0, x1, y1 = boxes[kept].T
             batch["boxes"][row, :count] = np.stack(
                 [(x0 + x1) / (2 * W), (y0 + y1) / (2 * H), (x1 - x0) / W, (y1 - y0) / H], 1
@@ -480,6 +521,18 @@ class Pad:
         batch = self.empty(1, self.shape([example["image"].shape[:2]]), example)
         self.put(batch, 0, example, "the picture")
         return {key: value[0] for key, value in batch.items()}
+
+
+def _too_many(name: str, count: int, most: int) -> str:
+    return (
+        f"{name} has {count} boxes, and Pad's boxes={most} is the most a picture may have: set it "
+        f"to {count} or more"
+    )
+
+
+def fullest(counts: Iterable[int]) -> tuple[int, int]:
+    """Which of a dataset's pictures has most objects to learn, and how many: its `fullest`."""
+    return max(enumerate(counts), key=lambda pair: pair[1], default=(0, 0))
 
 
 def _check_drawn(labels: np.ndarray, size: Pixels, what: str, name: str) -> None:

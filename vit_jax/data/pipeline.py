@@ -23,7 +23,14 @@ from vit_jax.contracts import Batch, Dataset, Example, Transform
 from vit_jax.data import tfds
 from vit_jax.data import transforms as of_pictures
 from vit_jax.data.decode import MAX_PIXELS, decode
-from vit_jax.data.geometry import Pad, Pixels, picture_size
+from vit_jax.data.geometry import (
+    OBJECTS,
+    Pad,
+    Pixels,
+    check_boxes,
+    check_labels,
+    picture_size,
+)
 from vit_jax.errors import ConfigError, DataError, nearest
 
 READY = 2  # batches that are made in advance
@@ -84,6 +91,17 @@ def decoded(example: Example, max_pixels: int | None = None) -> Example:
     return example | {"image": image}
 
 
+def size_of(dataset: Dataset, index: int) -> Pixels:
+    """(H, W) of a picture: as the dataset knows it, else from its header.
+
+    Raises:
+      DataError: if it cannot be read.
+    """
+    if hasattr(dataset, "size"):
+        return dataset.size(index)
+    return picture_size(dataset[index]["image"])
+
+
 def train_batches(
     dataset: Dataset,
     transforms: Sequence[Transform],
@@ -128,7 +146,9 @@ def train_batches(
     Raises:
       ConfigError: if the sizes do not fit, or a transform would leave boxes or masks behind; while
         iterating, if pictures of different sizes meet, or one does not fit `Pad`.
-      DataError: if the dataset is empty, or, with `Pad`, the first pictures are all broken.
+      DataError: if the dataset is empty, or, with `Pad`, the first pictures are all broken; while
+        iterating, naming the picture, if a class is beyond `class_names`, a box is inverted or not
+        finite, or masks are not of the picture's size.
     """
     if not 0 <= seed < 2**32:
         raise ConfigError(f"seed={seed!r} must lie between 0 and 2**32 - 1")
@@ -151,7 +171,7 @@ def train_batches(
         max_pixels=max_pixels,
         threads=-(-threads // max(workers, 1)),
         template=template,
-        pad=_pad(transforms),
+        pad=_pad(transforms, dataset),
     )
     return _iterate(batches, start_step, threads > 0, workers)
 
@@ -187,7 +207,7 @@ def eval_batches(
         max_pixels=max_pixels,
         threads=-(-threads // max(workers, 1)),
         template=template,
-        pad=_pad(transforms),
+        pad=_pad(transforms, dataset),
     )
     return _iterate(batches, 0, threads > 0, workers)
 
@@ -220,8 +240,10 @@ def _random(seed: int, stream: int, position: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, position]))
 
 
-def _pad(transforms: Sequence[Transform]) -> Pad | None:
-    return transforms[-1] if transforms and isinstance(transforms[-1], Pad) else None
+def _pad(transforms: Sequence[Transform], dataset: Dataset | None = None) -> Pad | None:
+    """The last step, if it is `Pad`; with a dataset, with room for its objects."""
+    pad = transforms[-1] if transforms and isinstance(transforms[-1], Pad) else None
+    return pad.fitted(dataset) if pad and dataset is not None else pad
 
 
 def _before_pad(transforms: Sequence[Transform]) -> tuple[Transform, ...]:
@@ -282,6 +304,31 @@ def _template(
         pair = mix({k: np.stack([v, v]) for k, v in row.items()}, rng)
         row = {k: v[0] for k, v in pair.items()}
     return {k: (v.shape, v.dtype) for k, v in (row | {"index": np.int64(0)}).items()}
+
+
+def _check(example: Example, dataset: Dataset, index: int) -> None:
+    """DataError, with the picture's name, for what no skipping of single pictures would mend."""
+    try:
+        check_labels(example, len(dataset.class_names))
+        if "boxes" in example:
+            check_boxes(example["boxes"], example["image"].shape[:2])
+            _check_counts(example)
+        for key in ("masks", "segmentation"):
+            if key in example and example[key].shape[-2:] != example["image"].shape[:2]:
+                H, W = example[key].shape[-2:]
+                raise DataError(
+                    f"its {key} have {H} x {W} pixels (height x width), and the picture "
+                    f"{example['image'].shape[0]} x {example['image'].shape[1]}"
+                )
+    except DataError as error:
+        raise DataError(f"{dataset.name(index)}: {error}") from error
+
+
+def _check_counts(example: Example) -> None:
+    counts = {key: len(example[key]) for key in OBJECTS if key in example}
+    if len(set(counts.values())) > 1:
+        shown = ", ".join(f"{count} {key}" for key, count in counts.items())
+        raise DataError(f"its objects are not told one by one: it has {shown}")
 
 
 def _check_moves(example: Example, transforms: Sequence[Transform]) -> None:
@@ -378,13 +425,9 @@ class _Batches:
         """Of a picture before the transforms; None if it is broken."""
         if index not in self._sizes:
             try:
-                if hasattr(self.dataset, "size"):
-                    size = self.dataset.size(index)
-                else:
-                    size = picture_size(self.dataset[index]["image"])
+                self._sizes[index] = size_of(self.dataset, index)
             except DataError:
-                size = None
-            self._sizes[index] = size
+                self._sizes[index] = None
         return self._sizes[index]
 
     def _indices(self, start: int, rows: int) -> np.ndarray:
@@ -417,6 +460,7 @@ class _Batches:
                 example = decoded(read, self.max_pixels)
             except DataError:
                 continue
+            _check(example, self.dataset, int(batch["index"][row]))
             rng = _random(self.seed, stream, start + row)
             for transform in self.transforms:
                 example = transform(example, rng)

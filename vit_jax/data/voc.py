@@ -12,7 +12,7 @@ import numpy as np
 from vit_jax.contracts import Dataset, Example
 from vit_jax.data import tfds
 from vit_jax.data.folder import SHOWN, SPLITS, SUFFIXES, all_files
-from vit_jax.data.geometry import Pixels, check_boxes, picture_size
+from vit_jax.data.geometry import Pixels, check_boxes, fullest, picture_size
 from vit_jax.data.masks import check_share, existing, held_out
 from vit_jax.errors import ConfigError, DataError, nearest
 
@@ -95,6 +95,10 @@ class Voc:
         """(H, W) of a picture."""
         size = self.annotations[index].size
         return size if all(size) else picture_size(self._read(index))
+
+    def fullest(self) -> tuple[int, int]:
+        """The picture with most objects that are not difficult, and how many."""
+        return fullest(int((~each.difficult).sum()) for each in self.annotations)
 
     def name(self, index: int) -> str:
         """The picture's path, such as `JPEGImages/2007_000027.jpg`."""

@@ -1,5 +1,6 @@
 """SETR: segmentation from a plain ViT's depths."""
 
+import math
 from functools import partial
 
 import jax
@@ -43,15 +44,18 @@ class UpHead(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> jax.Array:
-        """[B, h, w, D] -> logits [B, h * scale**convs, w * scale**convs, K]."""
+    def __call__(self, x: Array, size: tuple[int, int], *, train: bool) -> jax.Array:
+        """[B, h, w, D] -> logits [B, h * scale**convs, w * scale**convs, K], but none larger than
+        the image, whose (H, W) is `size`.
+        """
         x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(x)
         for i in range(self.convs):
             conv = ConvNorm(self.features, self.kernel, dtype=self.dtype, name=f"conv_{i}")
             x = conv(x, train=train)
-            x = bilinear(x, (x.shape[1] * self.scale, x.shape[2] * self.scale))
-        x = nn.Dropout(self.dropout, (1, 2), deterministic=not train)(x)
-        return Dense(self.num_classes, dtype=self.dtype, kernel_init=SMALL, name="classifier")(x)
+            if i == self.convs - 1:  # an enlargement of logits is the logits of one, and cheaper
+                x = _classified(self, x, train)
+            x = bilinear(x, [min(n * self.scale, most) for n, most in zip(x.shape[1:3], size)])
+        return x
 
 
 class MlaNeck(nn.Module):
@@ -111,10 +115,10 @@ class MlaHead(nn.Module):
         for i, x in enumerate(maps):
             for name in (f"conv_{i}a", f"conv_{i}b"):
                 x = conv(name=name)(x, train=train)
-            parts.append(bilinear(x, (4 * x.shape[1], 4 * x.shape[2])))
-        x = jnp.concatenate(parts, -1)
-        x = nn.Dropout(self.dropout, (1, 2), deterministic=not train)(x)
-        return Dense(self.num_classes, dtype=self.dtype, kernel_init=SMALL, name="classifier")(x)
+            parts.append(x)
+        # Enlarged behind the classifier, which is linear: the same numbers for less.
+        x = _classified(self, jnp.concatenate(parts, -1), train)
+        return bilinear(x, (4 * x.shape[1], 4 * x.shape[2]))
 
 
 class SETR(nn.Module):
@@ -168,18 +172,23 @@ class SETR(nn.Module):
         maps = self.backbone(image, train=train).maps
         shared = {"dropout": self.dropout, "dtype": self.dtype}
         up = partial(UpHead, self.num_classes, self.features, epsilon=self.epsilon, **shared)
+        helped, of_image = maps[:-1], {"size": image.shape[1:3]}
         if self.decoder == "mla":
             neck = MlaNeck(self.features, self.epsilon, self.dtype, name="neck")
             maps = neck(maps, train=train)
             head = MlaHead(self.num_classes, self.head_features, **shared, name="decoder")
             logits = head(maps, train=train)
-            helper, helped = partial(_Linear, self.num_classes, **shared), maps
+            helper, helped, of_image = partial(_Linear, self.num_classes, **shared), maps, {}
         elif self.decoder == "pup":
-            logits = up(convs=4, kernel=3, scale=2, name="decoder")(maps[-1], train=train)
-            helper, helped = partial(up, convs=2, kernel=3, scale=4), maps[:-1]
+            # As often as it takes to the image's size: four times from patches of 16 pixels.
+            steps = max(math.ceil(math.log2(image.shape[1] / maps[-1].shape[1])), 1)
+            logits = up(convs=steps, kernel=3, scale=2, name="decoder")(
+                maps[-1], train=train, **of_image
+            )
+            helper = partial(up, convs=-(-steps // 2), kernel=3, scale=4)
         else:
-            logits = up(name="decoder")(maps[-1], train=train)
-            helper, helped = up, maps[:-1]
+            logits = up(name="decoder")(maps[-1], train=train, **of_image)
+            helper = up
 
         def full(logits: jax.Array) -> jax.Array:
             return bilinear(logits.astype(jnp.float32), image.shape[1:3])
@@ -188,7 +197,7 @@ class SETR(nn.Module):
         if not (train or self.is_initializing()):
             return full(logits)
         heads = enumerate(helped if self.auxiliary else ())
-        others = [helper(name=f"auxiliary_{i}")(x, train=train) for i, x in heads]
+        others = [helper(name=f"auxiliary_{i}")(x, train=train, **of_image) for i, x in heads]
         if not train:
             return full(logits)
         return {"logits": full(logits), "auxiliary": [full(x) for x in others]}
@@ -203,8 +212,14 @@ class _Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> jax.Array:
-        x = nn.Dropout(self.dropout, (1, 2), deterministic=not train)(x)
-        return Dense(self.num_classes, dtype=self.dtype, kernel_init=SMALL, name="classifier")(x)
+        return _classified(self, x, train)
+
+
+def _classified(head: nn.Module, x: Array, train: bool) -> jax.Array:
+    """A head's logits of each pixel, behind its dropout of whole channels."""
+    x = nn.Dropout(head.dropout, (1, 2), deterministic=not train)(x)
+    classifier = Dense(head.num_classes, dtype=head.dtype, kernel_init=SMALL, name="classifier")
+    return classifier(x)
 
 
 # ADE20K, as mmsegmentation trains them.

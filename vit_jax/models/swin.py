@@ -19,17 +19,20 @@ class SwinBlock(nn.Module):
 
     The map is padded with zeros to whole windows after the normalisation and before the shift, as
     in the authors' detection code; the padded pixels are seen as keys. A map whose shorter side
-    is no larger than the window is cut into windows of that side and is not shifted.
+    is no larger than the window is cut into windows of that side and is not shifted, unless
+    `always_shift` says so.
 
     Attributes:
       heads: A.
       window: side of a window, in pixels of the map.
       shifted: whether the windows lie half a window further down and right.
+      always_shift: as of `Swin`.
     """
 
     heads: int
     window: int = 7
     shifted: bool = False
+    always_shift: bool = False
     mlp_ratio: float = 4.0
     activation: str = "gelu"
     epsilon: float = 1e-5
@@ -60,7 +63,8 @@ class SwinBlock(nn.Module):
             ((2 * self.window - 1) ** 2, self.heads),
         )
         smaller = min(x.shape[1:3])
-        window = min(self.window, smaller)
+        large = self.always_shift or smaller > self.window
+        window = self.window if large else smaller
         attention = Attention(
             self.heads, dropout=self.attention_dropout, dtype=self.dtype, name="attention"
         )
@@ -69,7 +73,7 @@ class SwinBlock(nn.Module):
             x,
             windows.relative_bias(table, window),
             window,
-            self.window // 2 if self.shifted and smaller > self.window else 0,
+            self.window // 2 if self.shifted and large else 0,
         )
 
 
@@ -178,6 +182,9 @@ class Swin(nn.Module):
       depths: blocks of each stage.
       heads: attention heads of each stage.
       window: side of the windows, in pixels of the maps.
+      always_shift: pads a map that is smaller than the window to a whole one, and shifts the
+        windows of all maps, as the authors' code for detection and segmentation does; that for
+        classification takes a smaller window and does not shift it.
       patch: side of a patch, in pixels of the image.
       mlp_ratio: hidden width of the MLPs over their input's.
       activation: of the MLPs, a name of `layers.transformer.ACTIVATIONS`.
@@ -194,6 +201,7 @@ class Swin(nn.Module):
     depths: tuple[int, ...] = (2, 2, 6, 2)
     heads: tuple[int, ...] = (3, 6, 12, 24)
     window: int = 7
+    always_shift: bool = False
     patch: int = 4
     mlp_ratio: float = 4.0
     activation: str = "gelu"
@@ -219,6 +227,7 @@ class Swin(nn.Module):
         block = partial(
             SwinBlock,
             window=self.window,
+            always_shift=self.always_shift,
             mlp_ratio=self.mlp_ratio,
             activation=self.activation,
             epsilon=self.epsilon,
@@ -228,6 +237,17 @@ class Swin(nn.Module):
         )
         merge = partial(PatchMerging, epsilon=self.epsilon, dtype=self.dtype)
         return pyramid(self, image, [block] * len(self.depths), merge, train=train)
+
+
+def _small_bias(
+    key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
+) -> jax.Array:
+    """As the published code draws the embedding's bias, for a patch of 4x4.
+
+    Zero would let a picture's padding reach the layer norms as vectors of nothing but zeros, and
+    each of those multiplies the gradient by a thousand.
+    """
+    return jax.random.uniform(key, shape, dtype, -0.144, 0.144)
 
 
 def pyramid(
@@ -264,6 +284,7 @@ def pyramid(
         (model.patch, model.patch),
         padding="VALID",
         dtype=model.dtype,
+        bias_init=_small_bias,
         name="embed",
     )(windows.pad_to_multiple(image, model.patch))
     x = norm(name="embed_norm")(x)

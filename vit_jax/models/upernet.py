@@ -123,7 +123,15 @@ class UPerNet(nn.Module):
 
 # For the 150 classes of ADE20K. The two large ones start from Swins trained at 384 pixels, whose
 # windows are of 12.
-upernet_swin_t = partial(UPerNet, backbone=swin_t(drop_path=0.3), num_classes=150)
-upernet_swin_s = partial(UPerNet, backbone=swin_s(drop_path=0.3), num_classes=150)
-upernet_swin_b = partial(UPerNet, backbone=swin_b_384(drop_path=0.3), num_classes=150)
-upernet_swin_l = partial(UPerNet, backbone=swin_l_384(drop_path=0.3), num_classes=150)
+upernet_swin_t = partial(
+    UPerNet, backbone=swin_t(drop_path=0.3, always_shift=True), num_classes=150
+)
+upernet_swin_s = partial(
+    UPerNet, backbone=swin_s(drop_path=0.3, always_shift=True), num_classes=150
+)
+upernet_swin_b = partial(
+    UPerNet, backbone=swin_b_384(drop_path=0.3, always_shift=True), num_classes=150
+)
+upernet_swin_l = partial(
+    UPerNet, backbone=swin_l_384(drop_path=0.3, always_shift=True), num_classes=150
+)

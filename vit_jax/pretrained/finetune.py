@@ -1,12 +1,13 @@
 """Training that starts from a checkpoint: `config.init`.
 
 A config may leave to its checkpoint what model it is and how pictures are prepared, by specs whose
-target starts with `init.`: `init.backbone`, `init.preprocessing` and `init.standardize`.
+target starts with `init.`: `init.model`, a whole one, `init.backbone`, `init.task`,
+`init.preprocessing` and `init.standardize`.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,9 @@ from vit_jax.pretrained.load import open_checkpoint
 from vit_jax.pretrained.opened import Opened, backbone_fields
 
 MARK = "init."
-MARKS = ("init.backbone", "init.preprocessing", "init.standardize")
+MARKS = ("init.model", "init.backbone", "init.task", "init.preprocessing", "init.standardize")
 # What a config may set for any backbone; one that has no such field goes without.
-OPTIONAL = ("drop_path", "dropout", "attention_dropout", "scan", "remat", "image_size")
+OPTIONAL = ("drop_path", "dropout", "attention_dropout", "scan", "remat", "image_size", "norm")
 SHOWN = 6
 
 
@@ -53,8 +54,13 @@ def resolve(config: dict[str, Any]) -> Opened | None:
             target = spec.get(TARGET, "")
             if target == "init.backbone":
                 return _backbone(opened, {k: v for k, v in spec.items() if k != TARGET})
+            if target == "init.model":
+                return _model(opened, {k: v for k, v in spec.items() if k != TARGET})
+            if target == "init.task":
+                return dict(opened.recipe.task) | {k: v for k, v in spec.items() if k != TARGET}
             if target == "init.standardize":
-                return dict(opened.preprocessing.steps[-1])
+                steps = opened.preprocessing.steps
+                return next(dict(s) for s in steps if s[TARGET].endswith(".Standardize"))
             if isinstance(target, str) and target.startswith(MARK):
                 raise ConfigError(f"target {target!r} does not exist.{nearest(target, MARKS)}")
             return {k: filled(v) for k, v in spec.items()}
@@ -92,10 +98,21 @@ def _backbone(opened: Opened, fields: dict[str, Any]) -> dict[str, Any]:
     spec.pop("dtype")
     for name, value in fields.items():
         absent = name not in spec and name != "dtype"
-        if absent and name in OPTIONAL and (name == "image_size" or not value):
+        if absent and name in OPTIONAL and (name in ("image_size", "norm") or not value):
             continue
         spec[name] = value
     return spec
+
+
+def _model(opened: Opened, fields: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint's whole model with a config's fields, those of `backbone` in it too."""
+    native = opened.module()
+    if not hasattr(native, "backbone"):
+        raise ConfigError(f"{opened.ref} is a backbone alone: it has no model to start from")
+    spec = backbone_fields(native) | {"num_classes": 0} | fields
+    if "dtype" not in fields:
+        del spec["dtype"]
+    return spec | {"backbone": _backbone(opened, dict(fields.get("backbone", {})))}
 
 
 @dataclass(frozen=True)
@@ -120,7 +137,8 @@ class WarmStart:
         own = resample.unstacked(fresh)
         paths = self.opened.read(self.opened.module())
         paths = {_below_backbone(k, paths): v for k, v in paths.items()}
-        chosen = {k: v for k, v in resample.unstacked(paths).items() if k in self.taken}
+        places = _places(paths := resample.unstacked(paths), own)
+        chosen = {places[k]: v for k, v in paths.items() if places[k] in self.taken}
         shapes = {k: tuple(v.shape) for k, v in own.items()}
         fitted, _ = resample.fit(chosen, shapes, self.module)
         merged = {k: jnp.asarray(fitted.get(k, v), v.dtype) for k, v in own.items()}
@@ -133,7 +151,8 @@ def warm_start(opened: Opened, module: nn.Module, variables: Any, skip: str = ""
     """Which arrays of a checkpoint a model takes; nothing is read.
 
     A head may be of another size, or absent on either side: the model's then starts anew. Positions
-    and position biases of another size are resampled. Everything else must match.
+    and position biases of another size are resampled. Norms may be frozen on one side and learn on
+    the other. Everything else must match.
 
     Args:
       opened: the checkpoint.
@@ -153,6 +172,9 @@ def warm_start(opened: Opened, module: nn.Module, variables: Any, skip: str = ""
     theirs = {_below_backbone(k, theirs): tuple(v.shape) for k, v in theirs.items()}
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
     ours = {k: tuple(v.shape) for k, v in resample.unstacked(names.flat(abstract)).items()}
+    places = _places(theirs, ours)
+    frozen = {p.partition("/")[0] for p, place in places.items() if p != place}
+    theirs = {places[path]: shape for path, shape in theirs.items()}
     skipped = _skipped(skip, ours.keys() | theirs.keys())
 
     taken, fresh, heads, wrong = set(), [], {}, []
@@ -179,15 +201,38 @@ def warm_start(opened: Opened, module: nn.Module, variables: Any, skip: str = ""
             "--config.init_skip what is to start anew"
         )
     remarks = [f"weights from {opened.ref} ({opened.format}): {len(taken)} of {len(ours)} arrays"]
+    if frozen:
+        change = "frozen here, learned" if "params" in frozen else "learned here, frozen"
+        remarks.append(f"scales and biases of norms are {change} in the checkpoint")
+    absent = []
     for head in dict.fromkeys(path.split("/")[1] for path in heads):
         one = max((p for p in heads if p.split("/")[1] == head), key=lambda p: len(ours[p]))
+        if heads[one] == "not there":
+            absent.append(head)
         remarks.append(f"{head} starts anew: {list(ours[one])} here, {heads[one]}")
+    if len(absent) > 1:
+        remarks = [r for r in remarks if not r.endswith("here, not there")]
+        remarks.append(f"not in the checkpoint, so they start anew: {', '.join(sorted(absent))}")
     if dropped := {p.split("/")[1] for p in theirs if p not in ours and "/backbone/" not in p}:
         remarks.append(f"left out of the checkpoint: {', '.join(sorted(dropped))}")
     if fresh:
         remarks.append(f"init_skip: {len(fresh)} arrays start anew, such as {fresh[0]}")
     told = resample.sentences({p: theirs[p] for p in taken}, ours, module)
     return WarmStart(opened, module, frozenset(taken), (*opened.remarks, *remarks, *told))
+
+
+def _places(theirs: Iterable[str], ours: Container[str]) -> dict[str, str]:
+    """Their paths -> ours: as they are, but for numbers that lie in another collection here.
+
+    A frozen norm keeps its scale and bias with its statistics, one that learns among `params`.
+    """
+
+    def place(path: str) -> str:
+        _, _, rest = path.partition("/")
+        others = (f"{collection}/{rest}" for collection in ("params", "batch_stats"))
+        return path if path in ours else next((p for p in others if p in ours), path)
+
+    return {path: place(path) for path in theirs}
 
 
 def _below_backbone(path: str, paths: Mapping[str, Any]) -> str:

@@ -21,6 +21,12 @@ WEIGHTS = (  # in this order
     "model.safetensors.index.json",
     "pytorch_model.bin",
 )
+CLASSIFIER = "models.classifier.Classifier"
+PROCESSORS = {  # that know what to make of the outputs; classifiers need none of their own
+    "tasks.detection.Detection": "DetrImageProcessor",
+    "tasks.panoptic.Panoptic": "DetrImageProcessor",
+    "tasks.segmentation.Segmentation": "SegformerImageProcessor",
+}
 WANTED = ("config.json", "preprocessor_config.json", "model*.safetensors", WEIGHTS[1])
 
 
@@ -149,21 +155,28 @@ def save(loaded: Any, folder: Path) -> Recipe:
     config["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     _write(folder / "config.json", config)
-    _write(folder / "preprocessor_config.json", preprocess.to_hf(loaded.preprocess))
+    processor = PROCESSORS.get(recipe.task["target"], "")
+    _write(folder / "preprocessor_config.json", preprocess.to_hf(loaded.preprocess, processor))
     return recipe
 
 
 def published(loaded: Any) -> tuple[dict[str, Any], Recipe]:
     """(config.json, names) of a loaded model in transformers; ConfigError if it has no such."""
     module = loaded.module
+    spec = backbone_fields(module)
     backbone = backbone_fields(getattr(module, "backbone", module))
+    # A classifier is written by the family of its backbone, other whole models by their own.
+    if spec["target"] == CLASSIFIER:
+        spec = backbone
+    elif hasattr(module, "backbone"):
+        spec |= {"backbone": backbone}
     classes = getattr(module, "num_classes", 0)
     reasons = []
     for family in state.families():
-        if backbone["target"] not in family.TARGETS:
+        if spec["target"] not in family.TARGETS:
             continue
         try:
-            config = family.to_hf(backbone, classes)
+            config = family.to_hf(spec, classes)
             if loaded.labels:
                 config["id2label"] = {str(i): label for i, label in enumerate(loaded.labels)}
                 config["label2id"] = {label: i for i, label in enumerate(loaded.labels)}
@@ -173,7 +186,7 @@ def published(loaded: Any) -> tuple[dict[str, Any], Recipe]:
             continue
         return config, recipe
     if not reasons:
-        reasons = [f"transformers has no {backbone['target']}"]
+        reasons = [f"transformers has no {spec['target']}"]
     raise ConfigError("; ".join(reasons))
 
 

@@ -35,7 +35,9 @@ class Loaded:
     """A model with its weights.
 
     Called with batch entries by name, `loaded(image=...)`, it gives what the module's documentation
-    says: logits [B, K] for a classifier, `Features` for a backbone without a head.
+    says: logits [B, K] for a classifier, `Features` for a backbone without a head, {"logits"
+    [B, Q, K + 1], "boxes" [B, Q, 4]} for a detector, which also reads `image_mask`, logits
+    [B, H, W, K] for a segmenter.
 
     Attributes:
       module: a Linen module.
@@ -55,15 +57,20 @@ class Loaded:
     recipe: Recipe = field(repr=False)
     remarks: tuple[str, ...] = ()
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """The batch entries that the model's signature names."""
+        names = inspect.signature(type(self.module).__call__).parameters
+        return frozenset(names) - {"self", "train"}
+
     def __call__(self, **batch: Array) -> Outputs:
         """Batch entries by their names in `vit_jax.contracts` -> the model's output.
 
         Raises:
           ConfigError: if an entry is missing, or the model does not read it.
         """
-        accepted = set(inspect.signature(type(self.module).__call__).parameters) - {"self", "train"}
-        if unknown := sorted(set(batch) - accepted):
-            raise ConfigError(f"the model reads {sorted(accepted)}, not {unknown[0]!r}")
+        if unknown := sorted(set(batch) - self.reads):
+            raise ConfigError(f"the model reads {sorted(self.reads)}, not {unknown[0]!r}")
         try:
             return self._forward(self.variables, {k: jnp.asarray(v) for k, v in batch.items()})
         except ValueError as error:  # a size that it cannot work with, or an entry too few

@@ -31,10 +31,13 @@ SHOWN = 12  # names of one kind in an error
 class Leaf:
     """An array by itself, which is no module's weight or bias; its numbers are not transposed.
 
+    Or a module of which more is to be said than its name: a dense layer that is a convolution of
+    1x1 there has `trailing` 2.
+
     Attributes:
       name: there, or several spellings, of which the first is written.
       leading: axes of length 1 that it has in front there.
-      trailing: axes of length 1 that it has at the end there.
+      trailing: axes of length 1 that it, or the module's kernel, has at the end there.
     """
 
     name: str | tuple[str, ...]
@@ -164,10 +167,12 @@ class Binding:
 
     def write(self, arrays: list[np.ndarray]) -> np.ndarray:
         """Ours, in the order of `paths`, -> theirs."""
+        joined, leading, trailing = self.row
         if not self._plain:
             turned = [_turn(a, p) for a, p in zip(arrays, self.paths, strict=True)]
-            return turned[0] if len(turned) == 1 else np.concatenate(turned)
-        joined, leading, trailing = self.row
+            array = turned[0] if len(turned) == 1 else np.concatenate(turned)
+            kernel = self.paths[0].endswith("/kernel")
+            return array.reshape(array.shape + (1,) * trailing) if kernel else array
         array = arrays[0]
         if joined:
             array = np.concatenate([a.reshape(-1, a.shape[-1]) for a in arrays])

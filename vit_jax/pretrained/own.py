@@ -11,7 +11,7 @@ from vit_jax.build import build
 from vit_jax.errors import ConfigError
 from vit_jax.pretrained import names
 from vit_jax.pretrained.arrays import Arrays
-from vit_jax.pretrained.opened import Opened, refuse
+from vit_jax.pretrained.opened import Opened, backbone_fields, refuse
 from vit_jax.pretrained.preprocess import Preprocessing
 from vit_jax.pretrained.recipe import Recipe
 
@@ -55,6 +55,9 @@ def open_folder(folder: Path, ref: str) -> Opened:
 
 
 def _recipe(model: dict[str, Any], config: dict[str, Any]) -> Recipe:
+    if "backbone" not in model:  # a named size of a whole model brings its own
+        module = build(model)
+        model = backbone_fields(module) | {"backbone": backbone_fields(module.backbone)}
     backbone = dict(model.pop("backbone"))
     classes = model.pop("num_classes")
     for spec in (model, backbone):

@@ -1,6 +1,7 @@
 """From pictures as people have them to what a checkpoint was trained on."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +9,12 @@ import numpy as np
 
 from vit_jax.build import build
 from vit_jax.data.decode import MAX_PIXELS, as_rgb
-from vit_jax.errors import CheckpointError, DataError
+from vit_jax.data.geometry import Pad
+from vit_jax.errors import CheckpointError, ConfigError, DataError
 
-TRANSFORMS = "data.transforms."
+TRANSFORMS, GEOMETRY = "data.transforms.", "data.geometry."
+PAD = GEOMETRY + "Pad"
+GRID = 64  # pixels, to a multiple of which pictures of any size are padded
 HALF = (0.5, 0.5, 0.5)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # Pillow's codes of its filters, which configs of image processors hold.
@@ -22,12 +26,19 @@ RESAMPLING = {
     4: "area",
     5: "hamming",
 }
+CAPPED = ("Detr", "ConditionalDetr", "DeformableDetr", "Yolos")  # with a cap on the long one too
 SHORT_SIDE = ("ConvNext", "Bit", "CLIP", "Cvt")  # processors whose one number is the short side
 
 
 def step(name: str, **arguments: Any) -> dict[str, Any]:
     """The spec of a transform of `vit_jax.data.transforms`."""
     return {"target": TRANSFORMS + name, **arguments}
+
+
+def short_side(size: int, longest: int | None, interpolation: str = "bilinear") -> dict[str, Any]:
+    """The spec of a resize that keeps the aspect ratio, with a cap on the long side."""
+    arguments = {"sizes": (size,), "longest": longest, "interpolation": interpolation}
+    return {"target": GEOMETRY + "ResizeShortSide", **arguments}
 
 
 def standardize(mean: Iterable[float], std: Iterable[float]) -> dict[str, Any]:
@@ -40,20 +51,28 @@ class Preprocessing:
     """The transforms of a checkpoint, one after the other.
 
     Attributes:
-      steps: specs of `vit_jax.data.transforms`.
+      steps: specs of `vit_jax.data.transforms` and `vit_jax.data.geometry`; a `Pad` at the end
+        acts on batches alone.
     """
 
     steps: tuple[dict[str, Any], ...]
 
     def transforms(self) -> tuple:
-        """The steps, built."""
-        return tuple(build(dict(spec)) for spec in self.steps)
+        """The steps for a picture, built: all but `Pad`."""
+        return tuple(build(dict(spec)) for spec in self.steps if spec["target"] != PAD)
+
+    @property
+    def pad(self) -> Pad | None:
+        """The step that makes a batch of pictures of different sizes, None if there is none."""
+        return next((build(dict(s)) for s in self.steps if s["target"] == PAD), None)
 
     @property
     def size(self) -> tuple[int, int] | None:
         """(H, W) of what comes out, in pixels; None if it depends on the picture."""
         for spec in reversed(self.steps):
             size = spec.get("size")
+            if spec["target"] == GEOMETRY + "ResizeShortSide":
+                return None
             if size is None:
                 continue
             if spec["target"] == TRANSFORMS + "Resize" and isinstance(size, int):
@@ -61,11 +80,32 @@ class Preprocessing:
             return (size, size) if isinstance(size, int) else tuple(size)
         return None
 
+    @property
+    def typical(self) -> tuple[int, int]:
+        """(H, W) that a batch of ordinary pictures has; theirs is 480x640 where that matters."""
+        if self.size is not None and self.pad is None:
+            return self.size
+        try:
+            return self.shape(self.one(np.zeros((480, 640, 3), np.uint8)).shape[:2])
+        except DataError:  # larger than any that the model was trained on
+            return max(self.pad.shapes, key=math.prod)
+
     def resized(self, size: tuple[int, int]) -> "Preprocessing":
-        """The same for another size of the image: all sizes grow in proportion."""
+        """The same for another size of the image: all sizes grow in proportion.
+
+        Where the size depends on the picture, the short and the long side get the smaller and the
+        larger of the two, at most.
+        """
         old = self.size or size
         steps = []
         for spec in self.steps:
+            if spec["target"] == GEOMETRY + "ResizeShortSide":
+                longest = spec.get("longest") and max(
+                    max(size), round(min(size) * spec["longest"] / max(spec["sizes"]))
+                )
+                spec = spec | {"sizes": (min(size),), "longest": longest}
+            if spec["target"] == PAD:
+                continue  # of the old size
             if "size" in spec and self.size is not None:
                 pair, one = spec["size"], isinstance(spec["size"], int)
                 pair = (pair, pair) if one else tuple(pair)
@@ -77,11 +117,49 @@ class Preprocessing:
         return Preprocessing(tuple(steps))
 
     def one(self, picture: Any, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-        """A picture of any kind -> float32 [H, W, 3]; DataError if it is none."""
+        """A picture of any kind -> float32 [H, W, 3], unpadded; DataError if it is none."""
         example = {"image": as_rgb(picture, max_pixels=max_pixels)}
+        random = np.random.default_rng(0)  # which no step of an evaluation needs
         for transform in self.transforms():
-            example = transform(example, None)
+            example = transform(example, random)
         return np.asarray(example["image"], np.float32)
+
+    def shape(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) that a prepared picture of that size is padded to, whatever else is in its batch.
+
+        The smallest of `Pad` that holds it; else, where the size depends on the picture, the next
+        multiples of `GRID`, so that few shapes occur; else its own.
+
+        Raises:
+          DataError: if no shape of `Pad` holds it.
+        """
+        if (pad := self.pad) is not None:
+            try:
+                return pad.shape([size])
+            except ConfigError:
+                most = " and ".join(f"{h} x {w}" for h, w in pad.shapes)
+                raise DataError(
+                    f"it has {size[0]} x {size[1]} pixels (height x width) as the model gets it, "
+                    f"which was trained on at most {most}"
+                ) from None
+        if self.size is None:
+            return tuple(-(-n // GRID) * GRID for n in size)
+        return size
+
+    def batch(self, pictures: Any) -> dict[str, np.ndarray]:
+        """Pictures of any kind and size -> {"image" [B, H, W, 3], "image_mask" [B, H, W]}.
+
+        Padded with zeros at the bottom and right to the largest of them, as published.
+
+        Args:
+          pictures: as of `__call__`.
+
+        Raises:
+          DataError: if one is no picture.
+        """
+        images = self._each(pictures)
+        H, W = (max(image.shape[axis] for image in images) for axis in (0, 1))
+        return padded(images, (H, W))
 
     def __call__(self, pictures: Any) -> np.ndarray:
         """Pictures of any kind and size -> float32 [B, H, W, 3].
@@ -91,33 +169,58 @@ class Preprocessing:
             array [B, H, W, 3].
 
         Raises:
-          DataError: if one is no picture, or if they come out in several sizes.
+          DataError: if one is no picture, or if they come out in several sizes: `batch` takes them.
         """
+        images = self._each(pictures)
+        if sizes := {image.shape[:2] for image in images} - {images[0].shape[:2]}:
+            raise DataError(
+                f"the pictures come out in several sizes, {images[0].shape[:2]} and {sizes.pop()}: "
+                "this checkpoint keeps their shapes, so give them one by one, or pad them by "
+                "`preprocess.batch` if the model reads a mask"
+            )
+        return np.stack(images)
+
+    def _each(self, pictures: Any) -> list[np.ndarray]:
         alone = isinstance(pictures, (str, bytes, bytearray)) or not isinstance(pictures, Iterable)
         if alone or hasattr(pictures, "__fspath__") or getattr(pictures, "ndim", 4) < 4:
             pictures = [pictures]
         images = [self.one(picture) for picture in pictures]
         if not images:
             raise DataError("no picture was given")
-        if sizes := {image.shape[:2] for image in images} - {images[0].shape[:2]}:
-            raise DataError(
-                f"the pictures come out in several sizes, {images[0].shape[:2]} and {sizes.pop()}: "
-                "this checkpoint keeps their shapes, so give them one by one"
-            )
-        return np.stack(images)
+        return images
 
     def __str__(self) -> str:
         """For a person: "resize to 256, bicubic; crop the middle 224x224; ..."."""
         return "; ".join(_sentence(spec) for spec in self.steps)
 
 
+def padded(images: Sequence[np.ndarray], shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Images [h, w, 3] -> {"image" [B, H, W, 3], "image_mask" [B, H, W]}, zeros around them."""
+    image = np.zeros((len(images), *shape, 3), np.float32)
+    mask = np.zeros((len(images), *shape), bool)
+    for row, one in enumerate(images):
+        h, w = one.shape[:2]
+        image[row, :h, :w], mask[row, :h, :w] = one, True
+    return {"image": image, "image_mask": mask}
+
+
+def _name(spec: Mapping[str, Any]) -> str:
+    return spec["target"].removeprefix(TRANSFORMS).removeprefix(GEOMETRY)
+
+
 def _sentence(spec: Mapping[str, Any]) -> str:
-    name, size = spec["target"].removeprefix(TRANSFORMS), spec.get("size")
+    name, size = _name(spec), spec.get("size")
     shown = f"{size[0]}x{size[1]}" if isinstance(size, (tuple, list)) else f"{size}"
     filter_ = spec.get("interpolation", "bilinear")
     if name == "Resize":
         what = f"the short side to {shown}" if isinstance(size, int) else f"to {shown}"
         return f"resize {what}, {filter_}"
+    if name == "ResizeShortSide":
+        sides = " or ".join(map(str, spec["sizes"]))
+        cap = f", the long one to at most {spec['longest']}" if spec.get("longest") else ""
+        return f"resize the short side to {sides}{cap}, {filter_}"
+    if name == "Pad":
+        return "pad to " + " or ".join(f"{h}x{w}" for h, w in spec["shapes"])
     if name == "CenterCrop":
         return f"cut out the middle {shown}"
     if name == "ResizeCenterCrop":
@@ -142,7 +245,12 @@ def from_hf(config: Mapping[str, Any]) -> Preprocessing:
     if config.get("do_resize", True):
         size, crop = config.get("size", 224), config.get("crop_pct")
         short = size if isinstance(size, int) else size.get("shortest_edge")
-        if isinstance(size, int) and not kind.startswith(SHORT_SIDE):
+        longest = config.get("max_size")
+        if not isinstance(size, int):
+            longest = size.get("longest_edge", longest)
+        if kind.startswith(CAPPED) and short is not None:
+            steps.append(short_side(short, longest, filter_))
+        elif isinstance(size, int) and not kind.startswith(SHORT_SIDE):
             steps.append(step("Resize", size=(size, size), interpolation=filter_))
         elif short is None:
             if not {"height", "width"} <= set(size):
@@ -182,8 +290,12 @@ def _filter(code: Any) -> str:
     return RESAMPLING[code]
 
 
-def to_hf(preprocessing: Preprocessing) -> dict[str, Any]:
+def to_hf(preprocessing: Preprocessing, processor: str = "") -> dict[str, Any]:
     """A `preprocessor_config.json` that transformers reads to the same steps.
+
+    Args:
+      preprocessing: the steps; `Pad` is what transformers' DETR does by itself.
+      processor: the class that is to read it; "" is one that can.
 
     Raises:
       CheckpointError: if transformers has no such step.
@@ -199,8 +311,17 @@ def to_hf(preprocessing: Preprocessing) -> dict[str, Any]:
     }
     codes = {name: code for code, name in RESAMPLING.items()}
     for spec in preprocessing.steps:
-        name, size = spec["target"].removeprefix(TRANSFORMS), spec.get("size")
-        if name == "Resize":
+        name, size = _name(spec), spec.get("size")
+        if name == "ResizeShortSide":
+            config["do_resize"] = True
+            config["resample"] = codes[spec.get("interpolation", "bilinear")]
+            config["size"] = {"shortest_edge": max(spec["sizes"])}
+            if spec.get("longest"):
+                config["size"]["longest_edge"] = spec["longest"]
+            config["image_processor_type"] = "DetrImageProcessor"
+        elif name == "Pad":
+            continue
+        elif name == "Resize":
             config["do_resize"] = True
             config["resample"] = codes[spec.get("interpolation", "bilinear")]
             if isinstance(size, int):
@@ -226,6 +347,10 @@ def to_hf(preprocessing: Preprocessing) -> dict[str, Any]:
             raise CheckpointError(f"transformers' image processors have no step {name}")
     if config["do_center_crop"] and config["image_processor_type"] == "ViTImageProcessor":
         config["image_processor_type"] = "DeiTImageProcessor"
+    if processor:
+        config["image_processor_type"] = processor
+    if config["image_processor_type"] == "DetrImageProcessor":
+        config["do_pad"] = True
     return config
 
 

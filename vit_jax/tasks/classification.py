@@ -30,6 +30,7 @@ class Classification:
     top: int = 5
     headline = "accuracy"
     wants_results = False
+    cell = 128
 
     def __post_init__(self):
         if not 0 <= self.label_smoothing < 1:
@@ -118,3 +119,13 @@ class Classification:
         title = f"{names[guess]} ({100 * float(prediction['probability']):.0f} %)"
         right = guess == truth
         return image, title if right else f"{title}, is {names[truth]}", right
+
+    def draw_target(
+        self, image: np.ndarray, row: Batch, names: tuple[str, ...]
+    ) -> tuple[np.ndarray, str]:
+        """A batch's picture and row -> (picture, its class, or both with their shares if mixed)."""
+        if "label_probs" not in row:
+            return image, names[int(row["label"])]
+        probs = np.asarray(row["label_probs"])
+        top = [k for k in np.argsort(-probs)[:2] if probs[k] > 0]
+        return image, " + ".join(f"{names[k]} {probs[k]:.0%}" for k in top)

@@ -33,20 +33,6 @@ NUMBERS = (
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss on masks: Lin et al. 2017 (arXiv:1708.02002)
 
 
-def check_labels(example: Example, classes: int) -> None:
-    """DataError if an object's class is none of the head's `classes`, 0 .. classes - 1.
-
-    Called where the data is read, on the host: under jit no value can be looked at.
-    """
-    labels = np.asarray(example.get("box_label", ()), np.int64)
-    wrong = labels[(labels < 0) | (labels >= classes)]
-    if len(wrong):
-        raise DataError(
-            f"an object has the class id {wrong[0]}, and the head has {classes} classes: ids must "
-            f"be 0 to {classes - 1} (--config.model.num_classes, without the one for nothing)"
-        )
-
-
 def match(cost: Array, present: Array) -> jax.Array:
     """Each target its own query, at the least total cost; inside jit.
 
@@ -108,7 +94,7 @@ class Detection:
     threshold: float = 0.5
     headline = "ap"
     wants_results = True
-    check_labels = staticmethod(check_labels)
+    cell = 360
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -126,8 +112,8 @@ class Detection:
         by `nothing_weight` over all queries; the losses of boxes and masks are sums divided by the
         objects of the global batch, or by 1 if there is none; of a batch that is cut into parts to
         save memory, each part is divided by its own. Rows that are not valid count nothing
-        and have a gradient of exactly zero. A class id beyond the head makes the loss NaN;
-        `check_labels` says which.
+        and have a gradient of exactly zero. A class id beyond the head makes the loss NaN, so that
+        none passes unseen.
 
         Args:
           outputs: as of the class.
@@ -322,6 +308,26 @@ class Detection:
             text = f"{name_of(names, int(labels[i]))} {100 * scores[i]:.0f}%"
             canvas.box(boxes[i], canvas.colour(labels[i]), text)
         return canvas.drawn(), title, right
+
+    def draw_target(
+        self, image: np.ndarray, row: Batch, names: tuple[str, ...]
+    ) -> tuple[np.ndarray, str]:
+        """A batch's picture and row -> (picture with its boxes and masks, "3 objects")."""
+        labels = np.asarray(row["box_label"])
+        real = labels >= 0
+        count = int(real.sum())
+        canvas = Canvas(image)
+        if "masks" in row:
+            ids = np.full(image.shape[:2], -1)
+            for i in np.flatnonzero(real):
+                ids[np.asarray(row["masks"][i])] = i
+            canvas.regions(ids, {int(i): canvas.colour(labels[i]) for i in np.flatnonzero(real)})
+        mask = np.asarray(row.get("image_mask", np.ones(image.shape[:2], bool)))
+        size = int(mask.any(1).sum()), int(mask.any(0).sum())
+        corners = geometry.to_corners(np.asarray(row["boxes"])[real])
+        for box, label in zip(geometry.to_pixels(corners, size), labels[real].tolist()):
+            canvas.box(box, canvas.colour(label), name_of(names, label))
+        return canvas.drawn(), f"{count} object{'s' * (count != 1)}"
 
 
 def _score_masks(logits: Array, truth: Array, query: Array, present: Array) -> Sums:

@@ -28,20 +28,6 @@ COLOURS = (
 GOLDEN = 0.61803398875  # steps of the hue that never come near each other
 
 
-def check_labels(example: Example, classes: int) -> None:
-    """DataError if a pixel's class is none of the head's `classes`, nor 255, which is ignored.
-
-    Called where the data is read, on the host: under jit no value can be looked at.
-    """
-    labels = np.unique(np.asarray(example.get("segmentation", ()), np.int64))
-    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORED)]
-    if len(wrong):
-        raise DataError(
-            f"a pixel has the class id {wrong[0]}, and the head has {classes} classes: ids must be "
-            f"0 to {classes - 1}, or 255 to be ignored (--config.model.num_classes)"
-        )
-
-
 @dataclass(frozen=True)
 class Segmentation:
     """Learns the class of each pixel: the mean cross-entropy over the pixels that are not ignored.
@@ -56,7 +42,7 @@ class Segmentation:
     auxiliary_weight: float = 0.4
     headline = "miou"
     wants_results = True
-    check_labels = staticmethod(check_labels)
+    cell = 360
 
     def __post_init__(self):
         if not 0 <= self.auxiliary_weight < math.inf:
@@ -66,8 +52,8 @@ class Segmentation:
         """The mean loss over the pixels that count, and sums.
 
         A pixel counts where its `segmentation` [B, H, W] is not 255 and its row is valid; the rest
-        has a gradient of exactly zero. A class beyond the head makes the loss NaN; `check_labels`
-        says which.
+        has a gradient of exactly zero. A class beyond the head makes the loss NaN, so that none
+        passes unseen.
 
         Returns:
           The loss and {"loss", "count", the pixels, "confusion" [K, K], the pixels of each true
@@ -154,21 +140,36 @@ class Segmentation:
         Right means that at least nine in ten of the pixels that count are. A small picture comes
         back enlarged, so that the names can be read.
         """
-        size = image.shape[:2]
-        found = labels_on(prediction, size)
-        canvas = Canvas(image)
-        canvas.regions(found, {int(k): canvas.colour(k) for k in np.unique(found)})
-        values, counts = np.unique(found, return_counts=True)
-        order = np.argsort(-counts, kind="stable")
-        legend = [(name_of(names, int(values[i])), canvas.colour(values[i])) for i in order]
-        picture = canvas.drawn(legend)
+        found = labels_on(prediction, image.shape[:2])
+        picture, legend = _coloured(image, found, names)
         if "segmentation" not in example:
-            return picture, legend[0][0], True
+            return picture, legend[0], True
         truth = np.asarray(example["segmentation"])
         counted = truth != IGNORED
         accuracy = (found == truth)[counted].mean() if counted.any() else 1.0
         # Rounded down: no picture with a wrong pixel shall read 100 %.
         return picture, f"{math.floor(100 * accuracy)} % of pixels", bool(accuracy >= 0.9)
+
+    def draw_target(
+        self, image: np.ndarray, row: Batch, names: tuple[str, ...]
+    ) -> tuple[np.ndarray, str]:
+        """A batch's picture and row -> (picture under its classes' colours, "12 % ignored")."""
+        labels = np.asarray(row["segmentation"])
+        picture, _ = _coloured(image, labels, names)
+        ignored = math.ceil(100 * (labels == IGNORED).mean())
+        return picture, f"{ignored} % ignored" if ignored else ""
+
+
+def _coloured(
+    image: np.ndarray, labels: np.ndarray, names: Sequence[str]
+) -> tuple[np.ndarray, list[str]]:
+    """A picture under the colours of its pixels' classes [H, W], and their names, most first."""
+    canvas = Canvas(image)
+    values, counts = np.unique(labels[labels != IGNORED], return_counts=True)
+    values = values[np.argsort(-counts, kind="stable")].tolist()
+    canvas.regions(np.where(labels == IGNORED, -1, labels), {k: canvas.colour(k) for k in values})
+    found = [name_of(names, k) for k in values]
+    return canvas.drawn(list(zip(found, map(canvas.colour, values)))), found
 
 
 def _parts(outputs: Outputs) -> tuple[Array, Sequence[Array]]:

@@ -152,3 +152,5 @@ def test_settings_that_are_not_here_are_refused(setting, said):
 def test_a_model_that_transformers_lacks_is_refused():
     with pytest.raises(ConfigError, match="epsilon=1e-06"):
         swin.to_hf(backbone_fields(TINY.clone(epsilon=1e-6)), 5)
+    with pytest.raises(ConfigError, match="always_shift=True"):
+        swin.to_hf(backbone_fields(TINY.clone(always_shift=True)), 5)

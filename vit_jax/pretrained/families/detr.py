@@ -8,7 +8,7 @@ from typing import Any
 from vit_jax.errors import ConfigError, nearest
 from vit_jax.pretrained.families import resnet, swin
 from vit_jax.pretrained.names import Leaf, Match, Shapes, Table
-from vit_jax.pretrained.preprocess import IMAGENET, standardize, step
+from vit_jax.pretrained.preprocess import IMAGENET, short_side, standardize
 from vit_jax.pretrained.recipe import Recipe
 
 HF_TYPES = ("detr",)
@@ -37,7 +37,7 @@ for _i in range(1, 6):
     _MASKS[f"mask_head/norm{_i}"] = (f"mask_head.gn{_i}", _new + "norm")
     if _i < 4:
         _new = f"mask_head.fpn_stages.{_i - 1}.fpn_adapter"
-        _MASKS[f"mask_head/adapter{_i}"] = (f"mask_head.adapter{_i}", _new)
+        _MASKS[f"mask_head/adapter{_i}"] = Leaf((f"mask_head.adapter{_i}", _new), trailing=2)
 
 
 def _hf_table(panoptic: bool, timm: bool) -> Table:
@@ -51,7 +51,7 @@ def _hf_table(panoptic: bool, timm: bool) -> Table:
         return f"{body}{side}.layers.{{i}}.{name}"
 
     rows: dict = {
-        "input_proj": body + "input_projection",
+        "input_proj": Leaf(body + "input_projection", trailing=2),
         "query": Leaf(body + "query_position_embeddings.weight"),
         "decoder_norm": body + "decoder.layernorm",
         "class_head": within + "class_labels_classifier",
@@ -134,14 +134,14 @@ def _facebook_table(panoptic: bool) -> Table:
         rows[f"{here}{ours}/out"] = f"{there}{theirs}.out_proj"
         rows |= {f"{here}mlp/fc{n}": f"{there}linear{n}" for n in (1, 2)}
         rows |= {f"{here}norm{n}": f"{there}norm{n}" for n in (1, 2, 3)}
-    masks = {ours: theirs[0] for ours, theirs in _MASKS.items()} if panoptic else {}
+    masks = _MASKS if panoptic else {}
     return Joined(
         {ours: body + theirs for ours, theirs in resnet.TORCHVISION.backbone.items()}, rows | masks
     )
 
 
 FACEBOOK = {panoptic: _facebook_table(panoptic) for panoptic in (False, True)}
-PREPROCESSING = (step("Resize", size=800, interpolation="bilinear"), standardize(*IMAGENET))
+PREPROCESSING = (short_side(800, 1333), standardize(*IMAGENET))
 
 
 def _backbone(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -221,24 +221,21 @@ def _task(masks: bool, classes: int) -> dict[str, Any]:
 
 
 def to_hf(model: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
-    """A spec of the whole model, its backbone's spec in it, -> config.json, with timm's names.
+    """A spec of the whole model, its backbone's spec in it, -> config.json.
+
+    A ResNet that timm has is written by its names, as the published files are, any other by those
+    of transformers. Batch norms are written too: transformers freezes them.
 
     Raises:
       ConfigError: if transformers has no such model.
     """
     backbone = model["backbone"]
-    inside = {"target": resnet.TARGETS[0], "width": 64, "norm": "frozen", "epsilon": 1e-5}
-    for name, wanted in inside.items():
-        if backbone.get(name, wanted) != wanted:
-            raise ConfigError(
-                f"backbone: {name}={backbone[name]!r}: transformers' DETR has {wanted!r}"
-            )
+    if backbone["target"] != resnet.TARGETS[0]:
+        raise ConfigError(
+            f"transformers' DETR stands on a ResNet here, not on {backbone['target']}"
+        )
     if model["epsilon"] != 1e-5:
         raise ConfigError(f"epsilon={model['epsilon']}: transformers' DETR always has 1e-5")
-    shape = (backbone["block"], tuple(backbone["depths"]))
-    name = next((n for n, found in BACKBONES.items() if found == shape), None)
-    if name is None:
-        raise ConfigError(f"backbone: timm has no ResNet of {shape[0]} blocks, {shape[1]} of them")
     masks = model["target"] == TARGETS[1]
     settings = {"attention_heads": model["heads"], "ffn_dim": model["hidden"]}
     sides = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in settings.items()}
@@ -247,10 +244,6 @@ def to_hf(model: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
         | sides
         | {
             "architectures": [f"DetrFor{'Segmentation' if masks else 'ObjectDetection'}"],
-            "use_timm_backbone": True,
-            "backbone": name,
-            "backbone_config": None,
-            "dilation": backbone["dilation"] == 2,
             "num_channels": 3,
             "num_queries": model["queries"],
             "d_model": model["width"],
@@ -262,7 +255,25 @@ def to_hf(model: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
             "activation_dropout": 0.0,
             "position_embedding_type": "sine",
         }
+        | _hf_backbone(backbone)
     )
+
+
+def _hf_backbone(backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the backbone; ConfigError if transformers has no such one."""
+    shape = (backbone["block"], tuple(backbone["depths"]))
+    name = next((n for n, found in BACKBONES.items() if found == shape), None)
+    if name is not None and backbone["width"] == 64 and backbone["epsilon"] == 1e-5:
+        dilated = backbone["dilation"] == 2
+        return {
+            "use_timm_backbone": True,
+            "backbone": name,
+            "backbone_config": None,
+            "dilation": dilated,
+        }
+    stages = [f"stage{i}" for i, _ in enumerate(backbone["depths"], 1)]
+    inner = resnet.to_hf(backbone, 0) | {"out_features": stages}
+    return {"use_timm_backbone": False, "backbone": None, "backbone_config": inner}
 
 
 def from_state(shapes: Shapes, name: str) -> Recipe | None:

@@ -243,6 +243,10 @@ def from_hf(config: Mapping[str, Any], shapes: Shapes) -> Recipe:
 
 def to_hf(backbone: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
     """A spec of the backbone -> config.json; ConfigError if transformers has no such model."""
+    if backbone["always_shift"]:
+        raise ConfigError(
+            "always_shift=True: transformers' Swin for classification leaves small maps unshifted"
+        )
     settings = hf_settings(backbone)
     # Only absolute positions would depend on the size; this one fills the last stage's window.
     size = backbone["window"] * backbone["patch"] * 2 ** (len(backbone["depths"]) - 1)

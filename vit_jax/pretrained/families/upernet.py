@@ -23,8 +23,9 @@ def _spelled(row: Any) -> Any:
     return replace(found, name=names) if isinstance(row, Leaf) else names
 
 
-def _conv(ours: str, theirs: str) -> dict[str, str]:
-    return {f"{ours}/conv": f"{theirs}.conv", f"{ours}/norm": f"{theirs}.batch_norm"}
+def _conv(ours: str, theirs: str, trailing: int = 0) -> dict[str, str | Leaf]:
+    conv = Leaf(f"{theirs}.conv", trailing=trailing)
+    return {f"{ours}/conv": conv, f"{ours}/norm": f"{theirs}.batch_norm"}
 
 
 HF = Table(
@@ -36,14 +37,14 @@ HF = Table(
     },
     head={
         "norm_{i}": "backbone.hidden_states_norms.stage{i}",
-        **_conv("head/pool_{i}", "decode_head.psp_modules.{i}.1"),
+        **_conv("head/pool_{i}", "decode_head.psp_modules.{i}.1", trailing=2),
         **_conv("head/bottleneck", "decode_head.bottleneck"),
-        **_conv("head/lateral_{i}", "decode_head.lateral_convs.{i}"),
+        **_conv("head/lateral_{i}", "decode_head.lateral_convs.{i}", trailing=2),
         **_conv("head/conv_{i}", "decode_head.fpn_convs.{i}"),
         **_conv("head/fusion", "decode_head.fpn_bottleneck"),
-        "classifier": "decode_head.classifier",
+        "classifier": Leaf("decode_head.classifier", trailing=2),
         **_conv("auxiliary", "auxiliary_head.convs.0"),
-        "auxiliary_classifier": "auxiliary_head.classifier",
+        "auxiliary_classifier": Leaf("auxiliary_head.classifier", trailing=2),
     },
     prefix="backbone.",
     unused={
@@ -83,7 +84,7 @@ def from_hf(config: Mapping[str, Any], shapes: Shapes) -> Recipe:
         helped = "auxiliary_head.classifier.weight" in shapes
     return Recipe(
         origin="transformers",
-        backbone={"target": swin.TARGETS[0]} | fields,
+        backbone={"target": swin.TARGETS[0], "always_shift": True} | fields,
         table=HF,
         num_classes=classes,
         classifier={
