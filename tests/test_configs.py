@@ -17,7 +17,8 @@ CONFIGS = sorted(
     p.stem for p in (Path(__file__).parent.parent / "configs").glob("*.py") if p.stem[0] != "_"
 )
 CONFIGS.remove("common")
-DENSE = ("detr", "setr", "upernet")  # their recipes are other ones
+DENSE = ("detr", "setr", "upernet")
+COSTLY = ("swin", *DENSE)  # half a minute each: much to compile
 # Recipe and parameters. ViT-S/16 here has no class token (384) and fixed positions (197 x 384)
 # instead of the 22,050,664 of the published table. DETR's authors count 41,302,368, without the
 # 222,400 of the root and the first stage, which do not learn. SETR: 24 blocks, the patches, the
@@ -91,7 +92,7 @@ def test_the_recipe_of_the_published_detr_trains_what_its_authors_count():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in DENSE)) for n in CONFIGS]
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in COSTLY)) for n in CONFIGS]
 )
 def test_tiny_trains_two_steps_through_main(name, tmp_path, capsys):
     workdir = tmp_path / "run"

@@ -50,7 +50,8 @@ STARTS = {
     "runs/vit-finetune": "configs/vit.py:finetune",
     "runs/detr-folder": "configs/detr.py:folder",
 }
-DENSE = re.compile(r"configs/(detr|setr|upernet)|runs/detr")  # take half a minute each
+# Half a minute each: much to compile.
+SLOW = re.compile(r"configs/(detr|setr|upernet)|runs/detr|cvt\.py:cifar10|optimizer\.name=lamb|cvt_13")
 
 
 def test_every_command_is_of_a_kind_that_is_executed_here():
@@ -112,14 +113,11 @@ def shortened(line):
     return [*argv, *SHORT, *small]
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        pytest.param(c, marks=[pytest.mark.slow] * bool(DENSE.search(c)))
-        for c in commands()
-        if PROGRAM.match(c)
-    ],
-)
+def marked(texts):
+    return [pytest.param(t, marks=[pytest.mark.slow] * bool(SLOW.search(t))) for t in texts]
+
+
+@pytest.mark.parametrize("line", marked(c for c in commands() if PROGRAM.match(c)))
 def test_a_command_of_the_documents_runs(line, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(swin, "swin_t", partial(swin.Swin, width=8, depths=(1, 1), heads=(1, 2)))
@@ -135,11 +133,11 @@ def test_a_command_of_the_documents_runs(line, folder, monkeypatch, capsys):
     assert command.main(shortened(line)) == 0, capsys.readouterr().err
 
 
-def test_the_python_of_the_documents_runs(monkeypatch, tmp_path):
+@pytest.mark.parametrize("block", marked(blocks("python")))
+def test_the_python_of_the_documents_runs(block, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hf, "download", lambda repository: TINY)
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block, "README.md", "exec"), {})
 
 
 def test_every_picture_of_the_documents_exists():
