@@ -11,7 +11,7 @@ from ml_collections import ConfigDict, config_dict
 
 DIGITS = {"mean": (0.3053, 0.3053, 0.3053), "std": (0.3760, 0.3760, 0.3760)}
 CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
-SCENES = {"mean": (0.2836, 0.2955, 0.2576), "std": (0.1573, 0.1329, 0.1335)}
+SCENES = {"mean": (0.2780, 0.2914, 0.2599), "std": (0.1563, 0.1311, 0.1336)}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
@@ -216,22 +216,24 @@ def imagenet(config: ConfigDict, statistics: dict, *, crop: float, mixing: bool 
             )
 
 
-def scenes(config: ConfigDict, *, boxes: int, stuff: str) -> None:
+def scenes(config: ConfigDict, *, boxes: int, stuff: str, image_size: int = 96) -> None:
     """Digits on textured grounds, 96x96, made as they are asked for; 500 held out.
 
     Args:
       config: changed in place.
       boxes: the most a picture may have, 0 leaves them out.
       stuff: what the grounds are: "none" (nothing), "names" (classes of pixels) or "boxes".
+      image_size: side to which the model sees them resized; numbers are those of 96x96.
     """
     config.data.name = "scenes"
-    config.image_size = 96
+    config.image_size = image_size
     size = config.get_ref("image_size")
     with config.unlocked():
-        config.data.options = ConfigDict({"size": size, "stuff": stuff})
+        config.data.options = ConfigDict({"size": 96, "stuff": stuff})
+    resize = moving("Resize", size=(size, size), interpolation="area")
     pad = moving("Pad", shapes=((size, size),), boxes=boxes, segmentation=not boxes)
     # No flips: a mirrored digit is another one, or none.
-    config.train.transforms = config.eval.transforms = (standardize(SCENES), pad)
+    config.train.transforms = config.eval.transforms = (resize, standardize(SCENES), pad)
 
 
 def moving(name: str, **arguments: Any) -> ConfigDict:
@@ -296,7 +298,8 @@ def inference(config: ConfigDict) -> None:
 def segmenter(config: ConfigDict, target: str, **arguments: Any) -> None:
     """Sets the task and a model of segmentation."""
     with config.unlocked():
-        config.task = ConfigDict({"target": "tasks.segmentation.Segmentation"})
+        task = {"target": "tasks.segmentation.Segmentation", "class_weights": ()}
+        config.task = ConfigDict(task)
         config.model = ConfigDict(
             {
                 "target": f"models.{target}",

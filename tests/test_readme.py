@@ -51,7 +51,9 @@ STARTS = {
     "runs/detr-folder": "configs/detr.py:folder",
 }
 # Half a minute each: much to compile.
-SLOW = re.compile(r"configs/(detr|setr|upernet)|runs/detr|cvt\.py:cifar10|optimizer\.name=lamb|cvt_13")
+SLOW = re.compile(
+    r"configs/(detr|setr|upernet)|runs/detr|cvt\.py:cifar10|optimizer\.name=lamb|cvt_13"
+)
 
 
 def test_every_command_is_of_a_kind_that_is_executed_here():

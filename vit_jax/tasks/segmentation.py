@@ -37,9 +37,12 @@ class Segmentation:
 
     Attributes:
       auxiliary_weight: of each auxiliary head's loss: 0.4, as there.
+      class_weights: what a pixel of each class weighs in the mean, so that classes of few pixels
+        are learned too; all the same if there are none.
     """
 
     auxiliary_weight: float = 0.4
+    class_weights: tuple[float, ...] = ()
     headline = "miou"
     wants_results = True
     cell = 360
@@ -47,6 +50,8 @@ class Segmentation:
     def __post_init__(self):
         if not 0 <= self.auxiliary_weight < math.inf:
             raise ConfigError(f"auxiliary_weight={self.auxiliary_weight} must be 0 or more")
+        if not all(0 <= weight < math.inf for weight in self.class_weights):
+            raise ConfigError(f"class_weights={self.class_weights} must be 0 or more")
 
     def score(self, outputs: Outputs, batch: Batch) -> tuple[jax.Array, Sums]:
         """The mean loss over the pixels that count, and sums.
@@ -56,8 +61,11 @@ class Segmentation:
         passes unseen.
 
         Returns:
-          The loss and {"loss", "count", the pixels, "confusion" [K, K], the pixels of each true
-          class (rows) that were taken for each class (columns)}, float32.
+          The loss and {"loss", "count", the pixels or their weights, "confusion" [K, K], the pixels
+          of each true class (rows) that were taken for each class (columns)}, float32.
+
+        Raises:
+          ConfigError: if there are weights for another number of classes.
         """
         logits, auxiliary = _parts(outputs)
         labels = jnp.asarray(batch["segmentation"])
@@ -67,21 +75,27 @@ class Segmentation:
         classes = logits.shape[-1]
         known = (labels >= 0) & (labels < classes)
         at = jnp.where(known, labels, 0)[..., None]
+        weights = jnp.ones_like(counted, jnp.float32)
+        if self.class_weights:
+            if len(self.class_weights) != classes:
+                given = len(self.class_weights)
+                raise ConfigError(f"class_weights has {given} numbers for {classes} classes")
+            weights = jnp.asarray(self.class_weights, jnp.float32)[at[..., 0]]
 
         def total(logits: jax.Array) -> jax.Array:
             # Masked before the logarithm as well as after: a gradient of 0 times infinity is NaN.
             logits = jnp.where(counted[..., None], logits.astype(jnp.float32), 0.0)
-            losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), at, -1)[..., 0]
+            losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), at, -1)[..., 0] * weights
             return jnp.where(counted, jnp.where(known, losses, jnp.nan), 0.0).sum()
 
         loss = total(logits) + self.auxiliary_weight * sum(total(x) for x in auxiliary)
-        count = counted.sum(dtype=jnp.float32)
+        count = jnp.where(counted, weights, 0.0).sum()
         pair = at[..., 0] * classes + logits.argmax(-1)
         pair = jnp.where(counted & known, pair, classes**2)  # beyond the last: dropped
         confusion = jnp.bincount(pair.ravel(), length=classes**2 + 1)[:-1]
         confusion = confusion.reshape(classes, classes).astype(jnp.float32)
         sums = {"loss": loss, "count": count, "confusion": confusion}
-        return loss / jnp.maximum(count, 1.0), sums
+        return loss / jnp.where(count > 0, count, 1.0), sums
 
     def predict(self, outputs: Outputs, batch: Batch) -> Predictions:
         """The likeliest class of each pixel, at the model's resolution.
