@@ -54,8 +54,6 @@ STARTS = {
 SLOW = re.compile(
     r"configs/(detr|setr|upernet)|runs/detr|cvt\.py:cifar10|optimizer\.name=lamb|cvt_13"
 )
-    r"configs/(detr|setr|upernet)|runs/detr|cvt\.py:cifar10|optimizer\.name=lamb|cvt_13"
-)
 
 
 def test_every_command_is_of_a_kind_that_is_executed_here():
