@@ -82,11 +82,12 @@ def test_pictures_of_several_shapes_are_drawn_timed_trained_and_evaluated(tmp_pa
             (root / part).mkdir(parents=True, exist_ok=True)
             Image.new("L", size[::-1], i % 2).save(root / part / f"{i}.png")
     argv = [f"--config.data.data_dir={root}", "--config.model.decoder=naive"]
+    argv.append("--config.task.class_weights=()")
     config = main.parse(["--config=configs/setr.py:tiny", *argv])[0]
     config["data"] |= {"name": "masks", "options": {"class_names": ["dark", "bright"]}}
     config |= {"batch_size": 2, "steps": 3, "eval_every": 3}
     pad = {"target": "data.geometry.Pad", "shapes": [[16, 24], [24, 16], [24, 24]]}
-    steps = [{"target": "data.geometry.RandomFlip"}, config["train"]["transforms"][0], pad]
+    steps = [{"target": "data.geometry.RandomFlip"}, config["train"]["transforms"][1], pad]
     config["train"]["transforms"], config["eval"]["transforms"] = steps, steps[1:]
     dry_run.dry_run(config, tmp_path / "run")
     assert "ms a step" in capsys.readouterr().out

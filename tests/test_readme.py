@@ -31,8 +31,6 @@ SMALL = {
     "setr": ["--config.model.features=8", "--config.model.backbone.width=16"],
     "upernet": ["--config.model.features=8", "--config.model.backbone.width=8"],
 }
-for dense in ("detr", "setr", "upernet"):
-    SMALL[dense].append("--config.schedule.warmup_steps=0")
 
 
 def blocks(language):

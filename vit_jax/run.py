@@ -177,7 +177,7 @@ def set_up(config: dict[str, Any]) -> Run:
     abstract_batch = _abstract_batch(config, splits[0], transforms[0], mix, devices)
     try:
         variables = jax.eval_shape(
-            partial(step.init_variables, model=model), jax.random.key(0), abstract_batch
+            partial(step.init_and_score, model=model, task=task), jax.random.key(0), abstract_batch
         )
     except ValueError as error:  # what a module says of a size or a name it cannot work with
         raise ConfigError(str(error)) from error

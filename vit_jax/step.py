@@ -55,9 +55,20 @@ def inputs(model: nn.Module, batch: Batch) -> dict[str, jax.Array]:
 
 def init_variables(key: jax.Array, batch: Batch, *, model: nn.Module) -> Tree:
     """Fresh {"params", **model_state}; `batch` gives the shapes only."""
-    variables = dict(model.init(key, **inputs(model, batch), train=False))
-    variables.pop("intermediates", None)
-    return variables
+    return init_and_score(key, batch, model=model)
+
+
+def init_and_score(
+    key: jax.Array, batch: Batch, *, model: nn.Module, task: Task | None = None
+) -> Tree:
+    """`init_variables`, once the task has scored what the model makes of the batch.
+
+    Traced for shapes alone, it lets a task refuse model and data before anything is written.
+    """
+    outputs, variables = model.init_with_output(key, **inputs(model, batch), train=False)
+    if task is not None:
+        task.score(outputs, batch)
+    return {name: tree for name, tree in variables.items() if name != "intermediates"}
 
 
 def init_state(
