@@ -63,10 +63,13 @@ def small(config, *, queries, width, **backbone):
 
 
 def scenes(config):
-    """A small DETR: 12 queries, 64 tokens."""
+    """A small DETR: 12 queries, 64 tokens.
+
+    The backbone is that of SETR's recipe: --config.init=runs/setr starts from what it has learned.
+    """
     common.scenes(config, boxes=4, stuff="none", image_size=64)
     small(config, queries=12, width=64, patch=8, depth=4, positions="learned")
-    config.steps, config.batch_size, config.learning_rate = 16_000, 16, 1e-3
+    config.steps, config.batch_size, config.learning_rate = 14_000, 16, 1e-3
     config.schedule.warmup_steps = 200
     config.eval_every = 2000
 

@@ -1,9 +1,10 @@
 """What do small detectors and segmenters learn from scenes of digits in minutes on a laptop?
 
-python experiments/scenes/run.py [--only=detr,setr,upernet] [--out=runs/scenes]
+python experiments/scenes/run.py [--only=setr,upernet,detr,detr-from-setr] [--out=runs/scenes]
 
-Each config as a process of its own, timed whole. Interrupted, the same command goes on, and its
-time is then that of the last part only.
+Each config as a process of its own, timed whole; `detr-from-setr` starts from the backbone that
+`setr` has left in the same folder. Interrupted, the same command goes on, and its time is then that
+of the last part only.
 """
 
 import argparse
@@ -19,15 +20,22 @@ from matplotlib.figure import Figure
 from vit_jax.report import read_metrics
 
 HERE = Path(__file__).parent
-SHOWN = {"detr": ("ap50", "ap"), "setr": ("miou",), "upernet": ("miou",)}
-COLORS = {"detr": "#0072B2", "setr": "#D55E00", "upernet": "#009E73"}
+SHOWN = {
+    "setr": ("miou",),
+    "upernet": ("miou",),
+    "detr": ("ap50", "ap"),
+    "detr-from-setr": ("ap50", "ap"),
+}
+COLORS = dict(zip(SHOWN, ("#D55E00", "#009E73", "#56B4E9", "#0072B2")))
 LINES = {"ap50": "-", "ap": "--", "miou": "-"}
 
 
 def train(name: str, out: Path) -> dict:
     """Trains one config; what it reached and how long it took."""
     workdir = out / name
-    command = [sys.executable, "-m", "vit_jax.main", f"--config=configs/{name}.py"]
+    config, _, start = name.partition("-from-")
+    command = [sys.executable, "-m", "vit_jax.main", f"--config=configs/{config}.py"]
+    command += [f"--config.init={out / start}"] * bool(start)
     began = time.monotonic()
     subprocess.run([*command, f"--workdir={workdir}"], check=True)
     seconds = time.monotonic() - began
@@ -56,7 +64,7 @@ def plot(results: dict[str, dict], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default="detr,setr,upernet")
+    parser.add_argument("--only", default=",".join(SHOWN))
     parser.add_argument("--out", type=Path, default=Path("runs/scenes"))
     arguments = parser.parse_args()
     kept = HERE / "result.json"  # what ran before stays beside what ran now
