@@ -28,7 +28,10 @@ SMALL = {
         *("--config.model.width=16", "--config.model.hidden=16", "--config.model.decoder_depth=1"),
         *("--config.model.backbone.width=16", "--config.model.backbone.depth=1"),
     ],
-    "setr": ["--config.model.features=8", "--config.model.backbone.width=16"],
+    "setr": [
+        *("--config.model.features=8", "--config.model.backbone.width=16"),
+        *("--config.model.backbone.depth=1", "--config.model.backbone.taps=(0,)"),
+    ],
     "upernet": ["--config.model.features=8", "--config.model.backbone.width=8"],
 }
 
@@ -49,6 +52,7 @@ PROGRAM = re.compile(r"python -m vit_jax\.(\w+) ")
 STARTS = {
     "runs/vit-finetune": "configs/vit.py:finetune",
     "runs/detr-folder": "configs/detr.py:folder",
+    "runs/setr": "configs/setr.py",
 }
 # Half a minute each: much to compile.
 SLOW = re.compile(
