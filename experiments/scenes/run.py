@@ -58,7 +58,7 @@ def plot(results: dict[str, dict], file: Path) -> None:
             axes.plot(x, y, LINES[key], marker="o", color=COLORS[name], label=label)
     axes.set(xlabel="step", ylabel="on 500 held-out scenes", ylim=(0, 1), title="Scenes of digits")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")
     figure.savefig(file, dpi=120)
 
 
