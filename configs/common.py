@@ -38,12 +38,15 @@ def base() -> ConfigDict:
     config.dtype = "float32"  # of the computation; parameters are always float32
     config.schedule = ConfigDict(
         {
-            "name": "cosine",  # or linear, constant
+            "name": "cosine",  # or linear, polynomial, steps, constant
             "warmup_steps": 0,
             "warmup_examples": 0,
             "warmup_epochs": 0.0,
             "warmup_from": 0.0,
             "final": 0.0,
+            "power": 0.9,  # of what is left, with polynomial
+            "drops": (),  # shares of the run, with steps: there the rate falls to `drop_to` of it
+            "drop_to": 0.1,
         }
     )
     config.optimizer = ConfigDict(

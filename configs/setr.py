@@ -94,8 +94,8 @@ def ade20k(config):
     """SETR-MLA on ViT-L/16, ADE20K (`scene_parse150`): section 4.1 of the paper.
 
     SGD with momentum 0.9 and without weight decay, 1e-3, 16 parts of 512x512 a batch, 160,000
-    steps: 48.6 mIoU, 50.3 with several scales. Tested by windows of 512. The paper's rate falls
-    with the power 0.9 of what is left, here with 1. It starts from weights of ImageNet-21k:
+    steps: 48.6 mIoU, 50.3 with several scales. The rate falls with the power 0.9 of what is left.
+    Tested by windows of 512. It starts from weights of ImageNet-21k:
     --config.init=hf:timm/vit_large_patch16_224.augreg_in21k.
     """
     shapes = ((512, 704), (704, 704), (1024, 1024), (2048, 2048))
@@ -108,7 +108,7 @@ def ade20k(config):
     config.data.threads = 16
     config.batch_size, config.steps, config.learning_rate = 16, 160_000, 1e-3
     config.optimizer.update({"name": "sgd", "momentum": 0.9, "weight_decay": 0.0, "clip": 0.0})
-    config.schedule.name = "linear"
+    config.schedule.name = "polynomial"
     config.eval_every = 16_000
     config.eval.inference.update({"window": 512, "stride": 341})
 

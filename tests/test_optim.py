@@ -112,21 +112,31 @@ def test_a_duration_needs_a_batch():
     [  # at steps 0, 2, 4 (the peak), 7, 10, 99, by hand
         ("cosine", [0.4, 1.2, 2.0, 0.2 + 1.8 * (1 + 0.5) / 2, 0.2 + 1.8 * (1 - 0.5) / 2, 0.2]),
         ("linear", [0.4, 1.2, 2.0, 2 - 1.8 / 3, 2 - 1.8 * 2 / 3, 0.2]),
+        ("polynomial", [0.4, 1.2, 2.0, *(0.2 + 1.8 * (1 - t) ** 0.7 for t in (1 / 3, 2 / 3)), 0.2]),
+        ("steps", [0.4, 1.2, 2.0, 0.5, 0.125, 0.125]),  # after 7 and after 10 of 13 steps
         ("constant", [0.4, 1.2, 2.0, 2.0, 2.0, 2.0]),
     ],
 )
 def test_a_schedule_warms_up_on_a_line_and_then_decays(name, values):
     rate = optim.schedule(
-        name=name, learning_rate=2.0, total_steps=13, warmup_steps=4, final=0.2, warmup_from=0.4
+        name=name,
+        learning_rate=2.0,
+        total_steps=13,
+        warmup_steps=4,
+        final=0.2,
+        warmup_from=0.4,
+        power=0.7,
+        drops=(0.55, 0.75),
+        drop_to=0.25,
     )
     steps = [0, 2, 4, 7, 10, 99]
     np.testing.assert_allclose([rate(s) for s in steps], values, rtol=1e-6)
     np.testing.assert_allclose(jax.jit(jax.vmap(rate))(jnp.array(steps)), values, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("name", ["cosine", "linear", "polynomial", "steps", "constant"])
 def test_a_schedule_may_be_all_warmup_or_none(name):
-    common = {"name": name, "learning_rate": 0.5, "total_steps": 2}
+    common = {"name": name, "learning_rate": 0.5, "total_steps": 2, "drops": (0.9,), "drop_to": 1.0}
     assert [float(optim.schedule(**common, warmup_steps=2)(s)) for s in (0, 1, 2)] == [0, 0.25, 0.5]
     assert float(optim.schedule(**common, warmup_steps=0)(0)) == 0.5
 
@@ -141,6 +151,11 @@ def test_a_schedule_may_be_all_warmup_or_none(name):
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
         ({"final": 0.6}, r"schedule.final=0.6 must lie in \[0, learning_rate=0.5\]"),
         ({"warmup_from": -0.1}, "schedule.warmup_from=-0.1 must lie"),
+        ({"power": 0.0}, "schedule.power=0.0 must be above 0"),
+        ({"drops": (0.8, 0.5)}, r"schedule.drops=\(0.8, 0.5\) must be shares of the run"),
+        ({"drops": (1.0,)}, "schedule.drops"),
+        ({"drop_to": 0.0}, "schedule.drop_to=0.0 must lie"),
+        ({"name": "steps"}, "needs schedule.drops"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused(wrong, message):

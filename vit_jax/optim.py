@@ -4,9 +4,10 @@ Parameters are chosen by regular expressions that are searched (`re.search`) in 
 `backbone/stage_1/block_0/attention/query/kernel`.
 """
 
+import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -98,21 +99,29 @@ def schedule(
     warmup_steps: int,
     final: float = 0.0,
     warmup_from: float = 0.0,
+    power: float = 0.9,
+    drops: Sequence[float] = (),
+    drop_to: float = 0.1,
 ) -> optax.Schedule:
     """Learning rate by the number of updates so far: a linear warm-up, then `name`.
 
-    Cosine is Loshchilov & Hutter 2017 (arXiv:1608.03983), eq. 5, without restarts.
+    Cosine is Loshchilov & Hutter 2017 (arXiv:1608.03983), eq. 5, without restarts; polynomial is
+    the "poly" rate of Chen et al. 2018 (arXiv:1606.00915), section 3.1.
 
     Args:
-      name: "cosine" or "linear", both from `learning_rate` to `final`, or "constant".
+      name: "cosine", "linear" or "polynomial", all from `learning_rate` to `final`; "steps", which
+        falls at `drops`; or "constant".
       learning_rate: reached at `warmup_steps`.
       total_steps: where `final` is reached.
       warmup_steps: 0 starts at `learning_rate`.
-      final: a learning rate, not a factor; "constant" does without.
+      final: a learning rate, not a factor; "steps" and "constant" do without.
       warmup_from: a learning rate, not a factor: the value at 0 where there is a warm-up.
+      power: of the share of steps that is left, with "polynomial".
+      drops: shares of the run, in (0, 1) and rising, with "steps": 0.8 is after four fifths of it.
+      drop_to: what each drop multiplies the rate by.
 
     Raises:
-      ConfigError: on an unknown name, a warm-up longer than the run, or rates out of order.
+      ConfigError: on an unknown name, a warm-up longer than the run, rates or drops out of order.
     """
     if not 0 < learning_rate < math.inf:
         raise ConfigError(f"learning_rate={learning_rate} must be a finite number above 0")
@@ -125,10 +134,25 @@ def schedule(
         raise ConfigError(
             f"warmup_steps={warmup_steps} must lie between 0 and the {total_steps} steps of the run"
         )
+    if not 0 < power < math.inf:
+        raise ConfigError(f"schedule.power={power} must be above 0")
+    if any(not a < b for a, b in itertools.pairwise((0, *drops, 1))):
+        raise ConfigError(
+            f"schedule.drops={tuple(drops)} must be shares of the run between 0 and 1, rising"
+        )
+    if not 0 < drop_to <= 1:
+        raise ConfigError(f"schedule.drop_to={drop_to} must lie in (0, 1]")
+    if name == "steps" and not drops:
+        raise ConfigError('schedule.name="steps" needs schedule.drops, such as (0.8,)')
     rest = max(total_steps - warmup_steps, 1)
+    places = [max(round(share * total_steps) - warmup_steps, 0) for share in drops]
     decays = {
         "cosine": optax.cosine_decay_schedule(learning_rate, rest, alpha=final / learning_rate),
         "linear": optax.linear_schedule(learning_rate, final, rest),
+        "polynomial": optax.polynomial_schedule(learning_rate, final, power, rest),
+        "steps": optax.piecewise_constant_schedule(
+            learning_rate, {place: drop_to ** places.count(place) for place in places}
+        ),
         "constant": optax.constant_schedule(learning_rate),
     }
     if name not in decays:

@@ -170,8 +170,7 @@ def set_up(config: dict[str, Any]) -> Run:
         learning_rate=config["learning_rate"],
         total_steps=total,
         warmup_steps=warmup_steps,
-        final=warmup["final"],
-        warmup_from=warmup["warmup_from"],
+        **{k: warmup[k] for k in ("final", "warmup_from", "power", "drops", "drop_to")},
     )
 
     abstract_batch = _abstract_batch(config, splits[0], transforms[0], mix, devices)
