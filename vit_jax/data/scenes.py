@@ -39,7 +39,7 @@ STUFF_AS = ("names", "boxes", "none")
 TURN = 30.0  # degrees to each side: a six must not become a nine
 SEEN = 0.4  # of a digit's pixels at least, under those that lie over it
 SMALL, LARGE = 0.33, 0.67  # of the range of heights: what the sentence calls small and large
-LARGE_GLYPH = 32  # pixels of a digit's side before it is turned
+ENLARGED = 32  # pixels of a digit's side before it is turned
 TRIES = 8  # places for one digit, before it is left out
 
 
@@ -172,13 +172,13 @@ class Scenes:
         height = low * (high / low) ** rng.uniform()
         angle, stretch = rng.uniform(-TURN, TURN), rng.uniform(0.85, 1.15)
         # Enlarged at first, because turning by cubic interpolation takes six times as long.
-        grey = cv2.resize(grey, (LARGE_GLYPH, LARGE_GLYPH), interpolation=cv2.INTER_CUBIC)
-        scale = height / LARGE_GLYPH
+        grey = cv2.resize(grey, (ENLARGED, ENLARGED), interpolation=cv2.INTER_CUBIC)
+        scale = height / ENLARGED
         room = math.ceil(height * 1.7)
         turn = math.radians(angle)
         cos, sin = math.cos(turn) * scale, math.sin(turn) * scale
         matrix = np.array([[cos * stretch, -sin, 0], [sin * stretch, cos, 0]])
-        middle = (LARGE_GLYPH - 1) / 2
+        middle = (ENLARGED - 1) / 2
         matrix[:, 2] = (room - 1) / 2 - matrix[:, :2] @ (middle, middle)
         spread = cv2.warpAffine(grey, matrix, (room, room), flags=cv2.INTER_LINEAR)
         # The pen's edge, which eight pixels cannot show, is where grey is a half.
