@@ -65,7 +65,8 @@ def small(config, *, queries, width, **backbone):
 def scenes(config):
     """A small DETR: 12 queries, 64 tokens.
 
-    The backbone is that of SETR's recipe: --config.init=runs/setr starts from what it has learned.
+    The backbone is that of SETR's recipe: --config.init=runs/setr-scenes starts from what it has
+    learned.
     """
     common.scenes(config, boxes=4, stuff="none", image_size=64)
     small(config, queries=12, width=64, patch=8, depth=4, positions="learned")

@@ -73,6 +73,7 @@ def test_values_files_and_folders_are_read_from_the_command_line():
 def test_a_config_is_found_beside_the_package_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main.parse(["--config=configs/swin.py"])[1] == Path("runs/swin-digits")
+    assert main.parse(["--config=configs/setr.py"])[1] == Path("runs/setr-scenes")
 
 
 def test_help_teaches(capsys):

@@ -52,7 +52,7 @@ PROGRAM = re.compile(r"python -m vit_jax\.(\w+) ")
 STARTS = {
     "runs/vit-finetune": "configs/vit.py:finetune",
     "runs/detr-folder": "configs/detr.py:folder",
-    "runs/setr": "configs/setr.py",
+    "runs/setr-scenes": "configs/setr.py",
 }
 # Half a minute each: much to compile.
 SLOW = re.compile(

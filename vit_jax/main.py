@@ -63,7 +63,9 @@ def parse(argv: list[str]) -> tuple[dict[str, Any], Path, str, bool]:
         if value is None and wanted is not None:
             raise ConfigError(f"config.{key}: a {type(wanted).__name__} was wanted, got None")
     file, _, recipe = spec.partition(":")
-    workdir = values.workdir or Path("runs") / f"{Path(file).stem}-{recipe or 'digits'}"
+    workdir = (
+        values.workdir or Path("runs") / f"{Path(file).stem}-{recipe or config['data']['name']}"
+    )
     return config, Path(workdir), values.mode, values.dry_run
 
 
