@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_dict
 DIGITS = {"mean": (0.3053, 0.3053, 0.3053), "std": (0.3760, 0.3760, 0.3760)}
 CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
 SCENES = {"mean": (0.2780, 0.2914, 0.2599), "std": (0.1563, 0.1311, 0.1336)}
+CAMVID = {"mean": (0.4094, 0.4216, 0.4284), "std": (0.3054, 0.3099, 0.3057)}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
@@ -239,6 +240,17 @@ def scenes(config: ConfigDict, *, boxes: int, stuff: str, image_size: int = 96) 
     config.train.transforms = config.eval.transforms = (resize, standardize(SCENES), pad)
 
 
+def segmented_scenes(config: ConfigDict) -> None:
+    """Scenes of digits with every pixel's class, seen at 64x64, for a segmenter.
+
+    Digits are 8 % of the pixels, so theirs weigh 8 times as much as the grounds'. Comes after the
+    task is set.
+    """
+    scenes(config, boxes=0, stuff="names", image_size=64)
+    inference(config)
+    config.task.class_weights = (8.0,) * 10 + (1.0,) * 3
+
+
 def moving(name: str, **arguments: Any) -> ConfigDict:
     """One transform of `vit_jax/data/geometry.py`, which moves boxes and masks too."""
     return ConfigDict({"target": f"data.geometry.{name}", **arguments})
@@ -282,6 +294,41 @@ def segments(
         moving("Pad", shapes=shapes),
     )
     inference(config)
+
+
+def camvid(config: ConfigDict) -> None:
+    """CamVid through TFDS: 367 + 101 pictures of 360x480, 11 classes.
+
+    Squares of 240 pixels out of pictures at two thirds of their size.
+    """
+    sizes = {"crop": 240, "short": 240, "longest": 320, "shapes": ((240, 320),)}
+    segments(config, "camvid", **sizes, statistics=CAMVID)
+
+
+def masks(config: ConfigDict) -> None:
+    """Pictures of one's own with masks (`vit_jax/data/masks.py`) in `data.data_dir`.
+
+    Squares of 256 pixels out of pictures whose short side is that long.
+    """
+    shapes = ((256, 384), (384, 256), (384, 384), (512, 512))
+    sizes = {"crop": 256, "short": 256, "longest": 512, "shapes": shapes}
+    segments(config, "masks", **sizes, statistics=IMAGENET)
+
+
+def ade20k(config: ConfigDict, target: str) -> None:
+    """ADE20K (`scene_parse150`) in the papers' 160,000 steps of 16 parts of 512x512.
+
+    Args:
+      config: changed in place.
+      target: the model, as of `segmenter`.
+    """
+    shapes = ((512, 704), (704, 704), (1024, 1024), (2048, 2048))
+    sizes = {"crop": 512, "short": 512, "longest": 2048, "shapes": shapes}
+    segments(config, "scene_parse150", **sizes, statistics=IMAGENET)
+    segmenter(config, target)
+    config.model.num_classes = 150
+    config.data.threads = 16
+    config.batch_size, config.steps, config.eval_every = 16, 160_000, 16_000
 
 
 def inference(config: ConfigDict) -> None:
