@@ -12,11 +12,12 @@ import numpy as np
 
 from vit_jax.contracts import Dataset, Example
 from vit_jax.data import tfds
-from vit_jax.data.folder import SPLITS
+from vit_jax.data.folder import SPLITS, read_file
 from vit_jax.data.geometry import Pixels, check_boxes, fullest, picture_size
 from vit_jax.data.masks import check_share, existing, held_out
 from vit_jax.errors import ConfigError, DataError, nearest
 
+LISTS = ("images", "annotations", "categories")  # of the JSON
 PREPARED = "coco/2017"  # what TFDS calls it
 
 log = logging.getLogger(__name__)
@@ -62,16 +63,8 @@ class Coco:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Example:
-        try:
-            image = (self.root / self.files[index]).read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror}") from error
-        size, said = picture_size(image), self.sizes[index]
-        if size != said:
-            raise DataError(
-                f"is {size[0]} x {size[1]} pixels (height x width), but its annotations are for "
-                f"{said[0]} x {said[1]}"
-            )
+        image, size = read_file(self.root / self.files[index]), self.sizes[index]
+        check_size(image, size)
         own = slice(self.starts[index], self.starts[index + 1])
         example = {
             "image": image,
@@ -97,6 +90,16 @@ class Coco:
     def name(self, index: int) -> str:
         """The picture's path, such as `000000000139.jpg`."""
         return self.files[index]
+
+
+def check_size(image: bytes, said: Pixels) -> None:
+    """DataError if a picture file has not the size that its JSON says."""
+    size = picture_size(image)
+    if size != said:
+        raise DataError(
+            f"is {size[0]} x {size[1]} pixels (height x width), but its annotations are for "
+            f"{said[0]} x {said[1]}"
+        )
 
 
 def open(
@@ -188,9 +191,8 @@ def load(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
-    wanted = ("images", "annotations", "categories")
     keys = sorted(content) if isinstance(content, dict) else type(content).__name__
-    for key in wanted:
+    for key in LISTS:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(f"{file} is not in COCO's form: it has no list {key!r}, only {keys}")
     for key in ("images", "categories"):

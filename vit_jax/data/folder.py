@@ -19,6 +19,17 @@ SHOWN = 3  # names in a message
 log = logging.getLogger(__name__)
 
 
+def read_file(file: Path, called: str = "") -> bytes:
+    """A file's bytes; DataError if it cannot be read, saying so of what it is `called`.
+
+    Of a picture itself nothing need be said: whoever asks a dataset for one names it.
+    """
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{called} cannot be read: {error.strerror}".lstrip()) from error
+
+
 @dataclass(frozen=True)
 class Folder:
     """Pictures as files, read when asked for.
@@ -40,10 +51,7 @@ class Folder:
 
     def __getitem__(self, index: int) -> Example:
         file, label = self.files[index]
-        try:
-            return {"image": (self.root / file).read_bytes(), "label": label}
-        except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror}") from error
+        return {"image": read_file(self.root / file), "label": label}
 
     def name(self, index: int) -> str:
         """The path below the folder of classes, such as `cats/a.jpg`."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from vit_jax.contracts import Dataset, Example
 from vit_jax.data.decode import READERS
-from vit_jax.data.folder import SHOWN, SPLITS, SUFFIXES, all_files
+from vit_jax.data.folder import SHOWN, SPLITS, SUFFIXES, all_files, read_file
 from vit_jax.data.geometry import IGNORED, Pixels, picture_size
 from vit_jax.errors import ConfigError, DataError, nearest
 
@@ -133,20 +133,15 @@ class Masks:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Example:
-        image, mask = (self._read(path) for path in self.files[index])
+        image, mask = (read_file(self.root / path, path) for path in self.files[index])
         values = read_mask(mask)
         check_same_size(values, image)
         return {"image": image, "segmentation": self.classes.labels(values)}
 
-    def _read(self, path: str) -> bytes:
-        try:
-            return (self.root / path).read_bytes()
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from error
-
     def size(self, index: int) -> Pixels:
         """(H, W) of a picture."""
-        return picture_size(self._read(self.files[index][0]))
+        picture = self.name(index)
+        return picture_size(read_file(self.root / picture, picture))
 
     def name(self, index: int) -> str:
         """The picture's path, such as `images/a.jpg`."""

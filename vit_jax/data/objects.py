@@ -10,8 +10,6 @@ from vit_jax.data.folder import SUFFIXES, all_files
 from vit_jax.data.masks import existing
 from vit_jax.errors import DataError
 
-KEYS = {"images", "annotations", "categories"}  # of COCO's JSON
-
 
 def open(split: str, *, data_dir: str, validation_share: float = 0.2) -> Dataset:
     """The split "train" or "validation" of a folder, opened as `coco` or as `voc` would.
@@ -40,7 +38,7 @@ def _is_coco(path: Path) -> bool:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and content.keys() >= KEYS
+    return isinstance(content, dict) and content.keys() >= set(coco.LISTS)
 
 
 def _lacking(root: Path, files: list[Path], jsons: list[Path]) -> str:

@@ -10,8 +10,8 @@ from PIL import Image
 
 from vit_jax.contracts import Dataset, Example
 from vit_jax.data import coco
-from vit_jax.data.folder import SPLITS
-from vit_jax.data.geometry import Pixels, boxes_of_masks, fullest, picture_size
+from vit_jax.data.folder import SPLITS, read_file
+from vit_jax.data.geometry import Pixels, boxes_of_masks, fullest
 from vit_jax.data.masks import check_same_size, existing
 from vit_jax.errors import ConfigError, DataError, nearest
 
@@ -53,15 +53,11 @@ class Panoptic:
 
     def __getitem__(self, index: int) -> Example:
         image, png = (
-            self._read(root / name)
+            read_file(root / name, Path(name).name)
             for root, name in ((self.root, self.files[index]), (self.png_root, self.pngs[index]))
         )
-        said, size = self.sizes[index], picture_size(image)
-        if size != said:
-            raise DataError(
-                f"is {size[0]} x {size[1]} pixels (height x width), but its annotations are for "
-                f"{said[0]} x {said[1]}"
-            )
+        size = self.sizes[index]
+        coco.check_size(image, size)
         ids = read_ids(png)
         check_same_size(ids, image)
         own = self.segments[index]
@@ -80,12 +76,6 @@ class Panoptic:
             "area": masks.sum((1, 2)).astype(np.float32),
             "masks": masks,
         }
-
-    def _read(self, path: Path) -> bytes:
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path.name} cannot be read: {error.strerror}") from error
 
     def size(self, index: int) -> Pixels:
         """(H, W) of a picture."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from vit_jax.contracts import Dataset, Example
 from vit_jax.data import tfds
-from vit_jax.data.folder import SHOWN, SPLITS, SUFFIXES, all_files
+from vit_jax.data.folder import SHOWN, SPLITS, SUFFIXES, all_files, read_file
 from vit_jax.data.geometry import Pixels, check_boxes, fullest, picture_size
 from vit_jax.data.masks import check_share, existing, held_out
 from vit_jax.errors import ConfigError, DataError, nearest
@@ -69,7 +69,8 @@ class Voc:
         return len(self.annotations)
 
     def __getitem__(self, index: int) -> Example:
-        own, image = self.annotations[index], self._read(index)
+        own = self.annotations[index]
+        image = read_file(self.root / own.file)
         size = picture_size(image)
         if own.size not in (size, (0, 0)):
             raise DataError(
@@ -85,16 +86,10 @@ class Voc:
             "crowd": own.difficult[kept],
         }
 
-    def _read(self, index: int) -> bytes:
-        try:
-            return (self.root / self.annotations[index].file).read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror}") from error
-
     def size(self, index: int) -> Pixels:
         """(H, W) of a picture."""
-        size = self.annotations[index].size
-        return size if all(size) else picture_size(self._read(index))
+        own = self.annotations[index]
+        return own.size if all(own.size) else picture_size(read_file(self.root / own.file))
 
     def fullest(self) -> tuple[int, int]:
         """The picture with most objects that are not difficult, and how many."""
