@@ -55,9 +55,9 @@ def camvid(config):
     common.camvid(config)
     small(config, patch=16, width=128, depth=6, taps=(2, 5))
     common.muon(config)
-    config.steps, config.batch_size, config.learning_rate = 1500, 8, 2e-3
-    config.schedule.warmup_steps = 150
-    config.eval_every = 150
+    config.steps, config.batch_size, config.learning_rate = 4000, 8, 2e-3
+    config.schedule.warmup_steps = 200
+    config.eval_every = 400
 
 
 def folder(config):

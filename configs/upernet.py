@@ -22,7 +22,7 @@ def get_config(recipe: str = "scenes"):
     )
 
 
-def small(config, *, features=32, auxiliary_features=256, **backbone):
+def small(config, *, features=32, **backbone):
     """A pyramid on a small Swin, for training from scratch."""
     own = {
         "target": "models.swin.Swin",
@@ -34,14 +34,14 @@ def small(config, *, features=32, auxiliary_features=256, **backbone):
         "mlp_ratio": 2.0,
         "dtype": config.get_ref("dtype"),
     }
-    head = {"features": features, "auxiliary_features": auxiliary_features}
+    head = {"features": features, "auxiliary_features": 0}
     common.segmenter(config, "upernet.UPerNet", **head, backbone=own | backbone)
 
 
 def scenes(config):
     """A small Swin on patches of 2 pixels, from scratch: digits are too thin for those of 4."""
     own = {"patch": 2, "width": 16, "depths": (1, 1, 2), "window": 4}
-    small(config, features=16, auxiliary_features=0, **own)
+    small(config, features=16, **own)
     common.segmented_scenes(config)
     common.muon(config)
     config.steps, config.batch_size, config.learning_rate = 5000, 16, 3e-3
@@ -63,9 +63,9 @@ def camvid(config):
     common.camvid(config)
     small(config)
     common.muon(config)
-    config.steps, config.batch_size, config.learning_rate = 1500, 8, 2e-3
-    config.schedule.warmup_steps = 150
-    config.eval_every = 150
+    config.steps, config.batch_size, config.learning_rate = 3800, 8, 2e-3
+    config.schedule.warmup_steps = 200
+    config.eval_every = 380
 
 
 def folder(config):
