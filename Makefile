@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/cvt.py
 
-.PHONY: train test slow lint format clean
+.PHONY: train test slow long lint format clean
 
 train: $(VENV)/.run
 	$(BIN)/python -m vit_jax.main --config=$(CONFIG) $(ARGS)
@@ -14,6 +14,9 @@ test: $(VENV)/.dev
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+
+long: $(VENV)/.dev
+	$(BIN)/python -m pytest -m long --timeout=900 $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

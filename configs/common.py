@@ -29,6 +29,8 @@ def base() -> ConfigDict:
     config.eval_every = 0  # steps; 0 is once an epoch
     config.checkpoint_every = 0  # steps; 0 is with each evaluation
     config.log_every = 0  # steps; 0 is about four times an epoch
+    config.max_skipped = 10  # updates in a row that are not finite, after which the run stops
+    config.hang_seconds = 1800.0  # without a finished step, then the process ends; 0 is never
     config.learning_rate = 1e-3
     config.accumulate = 1  # parts of a batch, one after the other: less memory, same update
     config.ema = 0.0  # decay of the running mean of the parameters
@@ -37,6 +39,11 @@ def base() -> ConfigDict:
     config.init = ""
     config.init_skip = ""  # pattern of parameter names that start anew all the same
     config.dtype = "float32"  # of the computation; parameters are always float32
+    # Devices on each axis; -1 is what is left. fsdp splits parameters and optimizer as well as the
+    # batch, tensor the wide products; `sharding` says it otherwise for parameters whose name has a
+    # pattern: (("head/kernel", ("fsdp", "tensor")),).
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.sharding = ()
     config.schedule = ConfigDict(
         {
             "name": "cosine",  # or linear, polynomial, steps, constant
@@ -75,6 +82,7 @@ def base() -> ConfigDict:
             "options": ConfigDict(),  # what that dataset's `open` takes besides
             "max_pixels": 178_956_970,  # larger pictures are refused before they are decoded
             "on_broken": "skip",  # or stop
+            "max_broken": 0.05,  # share of the examples, past which the run stops all the same
             "threads": 2,
             "workers": 0,  # processes that read and transform; 0 is threads only
         }

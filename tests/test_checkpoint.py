@@ -1,3 +1,4 @@
+import json
 import os
 
 import chex
@@ -25,7 +26,7 @@ def state_of(value, width=5):
 
 
 def target_of(state, devices=None):
-    sharding = mesh.replicated(mesh.make_mesh(devices))
+    sharding = mesh.replicated(mesh.make_mesh(devices=devices))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
 
 
@@ -82,11 +83,12 @@ def test_a_changed_bit_is_found_by_the_digest(checkpoints, warnings):
     checkpoints.save(1, state_of(1))
     checkpoints.save(2, state_of(2))
     checkpoints.wait()
-    seal = checkpoints.folder / "2" / "seal" / "metadata"
-    text = seal.read_text()
-    number = str(digest(state_of(2))[1])
-    assert number in text
-    seal.write_text(text.replace(number, str(int(number) ^ 1)))
+    file = checkpoints.folder / "2" / "seal" / "metadata"
+    seal = json.loads(file.read_text())
+    assert seal["digest"] == digest(state_of(2))
+    seal["digest"][1] ^= 1  # as if the array had changed
+    del seal["check"]
+    file.write_text(json.dumps(seal | {"check": checkpoint._checksum(seal)}))
     assert checkpoints.restore(target_of(state_of(0)))[1] == 1
     assert "digest" in warnings[0]
 
@@ -97,6 +99,42 @@ def test_all_damaged_is_an_error_not_a_new_start(checkpoints):
     (checkpoints.folder / "1" / "state" / "_METADATA").write_text("{")
     with pytest.raises(CheckpointError, match=r"none of the checkpoints \[1\]"):
         checkpoints.restore(target_of(state_of(0)))
+
+
+def test_a_checkpoint_may_be_ranked_later(checkpoints, tmp_path):
+    for step in (1, 2, 3):
+        checkpoints.save(step, state_of(step), notes={"a": step})
+        if step == 1:
+            checkpoints.rank(1, 0.9)
+    checkpoints.save(4, state_of(4), rank=0.5)
+    checkpoints.wait()
+    assert (checkpoints.steps(), checkpoints.best()) == ([1, 3, 4], 1)
+    again = Checkpoints(tmp_path)
+    assert again.best() == 1
+    assert again.restore(target_of(state_of(0)), step=1)[0].step == 1  # its seal is whole
+    assert again.notes == {"a": 1}
+    again.close()
+
+
+def test_notes_are_sealed_with_their_state(checkpoints):
+    notes = {"row": {"loss": 0.1 + 0.2}, "broken": [3, 5]}
+    checkpoints.save(1, state_of(1))
+    checkpoints.save(2, state_of(2), notes=notes)
+    checkpoints.wait()
+    checkpoints.restore(target_of(state_of(0)))
+    assert checkpoints.notes == notes
+    checkpoints.restore(target_of(state_of(0)), step=1)
+    assert checkpoints.notes == {}
+
+
+def test_too_little_memory_is_no_damage(checkpoints, monkeypatch):
+    checkpoints.save(1, state_of(1))
+    checkpoints.wait()
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    monkeypatch.setattr(checkpoint, "digest", lambda _: (_ for _ in ()).throw(error))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="memory"):
+        checkpoints.restore(target_of(state_of(0)))
+    assert checkpoints.steps() == [1]
 
 
 def test_another_model_is_refused_by_name_and_nothing_is_renamed(checkpoints):
@@ -175,7 +213,7 @@ def test_a_reader_passes_over_what_is_damaged_and_changes_nothing(checkpoints):
     assert checkpoint.read(checkpoints.folder.parent).step == 1
     assert sorted(checkpoints.folder.rglob("*")) == before
     (checkpoints.folder / "1" / "state" / "_METADATA").write_text("{")
-    with pytest.raises(CheckpointError, match=r"no checkpoint that can be read: 2: .*; 1: "):
+    with pytest.raises(CheckpointError, match=r"no checkpoint that can be read: 1: .*; 2: "):
         checkpoint.read(checkpoints.folder.parent)
 
 

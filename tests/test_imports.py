@@ -13,11 +13,15 @@ ROOT = Path(__file__).parent.parent
 # The shell, from the outside in: each may import those after it, and all of the core. A command
 # that nobody imports joins at the front.
 SHELL = (
-    *("vit_jax", "export", "predict", "stream", "describe"),
+    *("vit_jax", "export", "predict", "stream", "describe", "plan"),
     *("main", "dry_run", "train", "evaluate", "run", "pretrained", "command"),
 )
 CORE = frozenset(
-    {"step", "build", "mesh", "optim", "checkpoint", "report", "cost", "pictures", "data.pipeline"}
+    {
+        *("step", "build", "mesh", "optim", "checkpoint", "report", "cost", "pictures", "faults"),
+        *("interrupt", "keys", "targets", "watchdog", "lock", "broken", "processes"),
+        "data.pipeline",
+    }
 )
 LAW = {  # what each part may import of the package, besides itself and `errors`
     "errors": set(),
@@ -30,11 +34,14 @@ LAW = {  # what each part may import of the package, besides itself and `errors`
     **{part: CORE | {"contracts"} for part in CORE},
     "data.pipeline": {"data", "contracts"},
     **{p: {*SHELL[i + 1 :], *CORE, "contracts"} for i, p in enumerate(SHELL)},
+    "plan": {*SHELL[SHELL.index("plan") + 1 :], *CORE, "contracts", "chips", "hlo"},
     **{p: {*SHELL[3:], *CORE, "contracts", "data", "found"} for p in ("predict", "stream")},
     "found": {"tasks", "boxes", "contracts", "data"},
     "pretrained": {*CORE, "contracts", "layers", "data", "pretrained.arrays"},
     "pretrained.arrays": set(),  # the one that may ask for PyTorch, to read its pickles
     "command": set(),
+    "chips": set(),
+    "hlo": set(),
 }
 STDLIB = sys.stdlib_module_names
 ONLY = {  # the other packages that a part may import; the rest may import what it likes

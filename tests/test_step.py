@@ -91,7 +91,7 @@ def test_one_device_and_two_agree():
     state, function = parts()
     outcomes = []
     for count in (1, 2):
-        devices = mesh.make_mesh(jax.devices()[:count])
+        devices = mesh.make_mesh(devices=jax.devices()[:count])
         run = jax.jit(function, out_shardings=mesh.replicated(devices))
         now = jax.device_put(state, mesh.replicated(devices))
         for i in range(4):

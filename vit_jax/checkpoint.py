@@ -1,15 +1,20 @@
 """Checkpoints: the one place that saves and restores a run's state, with Orbax.
 
 Orbax writes atomically but keeps no checksum of arrays and never falls back, so each checkpoint
-carries a digest of its state, and `restore` goes back to the newest one whose digest agrees.
+carries a seal, with a digest of its state, and `restore` goes back to the newest one whose seal
+agrees with its content.
 """
 
+import gc
+import json
 import logging
 import os
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +23,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
+from vit_jax import processes
 from vit_jax.errors import CheckpointError
+from vit_jax.faults import NONE, Faults
 
 Tree = Any
 Say = Callable[[str], None]
+UNFINISHED = ".orbax-checkpoint-tmp"  # after the name of one that is being written
+DAMAGED = "damaged-"  # before the name of a checkpoint that was set aside
 
 
 class Checkpoints:
@@ -41,6 +50,8 @@ class Checkpoints:
         keep_last: int = 2,
         keep_best: int = 1,
         warn: Say = print,
+        faults: Faults = NONE,
+        read_only: bool = False,
     ):
         """Opens or makes the folder.
 
@@ -49,29 +60,35 @@ class Checkpoints:
           keep_last: how many of the newest checkpoints stay.
           keep_best: how many of those saved with the highest `rank` stay as well.
           warn: where warnings go; may be set anew later.
+          faults: what is to go wrong, in tests.
+          read_only: changes nothing in the folder, in which a run may be going on.
         """
         self.folder = Path(workdir).absolute() / "checkpoints"
         self.failure = ""
+        self.notes: dict[str, Any] = {}  # those of the checkpoint that was restored last
         self.warn = warn
+        self._faults, self._read_only = faults, read_only
         self._keep = (keep_last, keep_best)
         self._writing: int | None = None  # the step that was saved last
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         keep_last, keep_best = self._keep
-        best = BestN(
-            get_metric_fn=lambda metrics: metrics["rank"],
-            n=keep_best,
-            keep_checkpoints_without_metrics=False,
-        )
-        policies = [LatestN(max(keep_last, 1))] + [best] * (keep_best > 0)
+        self._ranks: dict[int, float] = {}
+        # Not Orbax's own metrics: it reads them on opening, and a damaged file ends the program.
+        policies = [LatestN(max(keep_last, 1)), _Best(keep_best, self._ranks)]
         options = ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=True,  # what a killed save left
-            best_fn=lambda metrics: metrics["rank"],  # without it ranks are not written to the disk
             preservation_policy=AnyPreservationPolicy(policies),
         )
+        if self._read_only:
+            options = ocp.CheckpointManagerOptions(
+                read_only=True, create=False, save_interval_steps=0
+            )
         handlers = {"state": ocp.StandardCheckpointHandler(), "seal": ocp.JsonCheckpointHandler()}
-        return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self._ranks |= _ranks(self.folder, manager.all_steps())
+        return manager
 
     def steps(self) -> list[int]:
         """Steps with a finished checkpoint, oldest first."""
@@ -79,32 +96,70 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step saved with the highest rank, None if none has one."""
-        ranked = [(self._manager.metrics(step) or {}).get("rank") for step in self.steps()]
-        pairs = [(rank, step) for rank, step in zip(ranked, self.steps()) if rank is not None]
-        return max(pairs)[1] if pairs else None
+        ranked = [(self._ranks[step], step) for step in self.steps() if step in self._ranks]
+        return max(ranked)[1] if ranked else None
 
-    def save(self, step: int, state: Tree, *, rank: float | None = None) -> bool:
+    def save(
+        self,
+        step: int,
+        state: Tree,
+        *,
+        rank: float | None = None,
+        notes: dict[str, Any] | None = None,
+    ) -> bool:
         """Starts to write `state` as `step`; False, with a warning, if that failed.
 
         Args:
           step: names the checkpoint; one that is there already is left as it is.
           state: a tree of arrays, on any mesh.
           rank: higher is better; None keeps the checkpoint out of the ranking.
+          notes: plain data of JSON that belong to this state; `restore` leaves them in `notes`.
         """
         try:
             if step in self._manager.all_steps():
                 return not self.failure
-            metrics = None if rank is None else {"rank": float(rank)}
+            self.wait()  # a save before this one that failed is not to take this one with it
+            if self._faults:
+                self._faults.before_save()
+            seal = {
+                "step": step,
+                "digest": digest(state),
+                "arrays": _checksum(_shapes(state)),
+                "rank": None if rank is None else float(rank),
+                "notes": notes or {},
+            }
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                seal=ocp.args.JsonSave({"step": step, "digest": digest(state)}),
+                seal=ocp.args.JsonSave(seal | {"check": _checksum(seal)}),
             )
             self._writing = step
-            self._manager.save(step, args=args, metrics=metrics, force=True)
+            if rank is not None:
+                self._ranks[step] = float(rank)
+            self._manager.save(step, args=args, force=True)
             self.failure = ""
+            if self._faults:
+                self._faults.after_save()
         except Exception as error:  # Orbax raises many types, also those of the save before
             self._failed(step, error)
         return not self.failure
+
+    def rank(self, step: int, rank: float) -> None:
+        """Ranks a checkpoint that was saved before its evaluation was done, if it is still there.
+
+        Raises nothing: a seal that cannot be replaced stays as it is.
+        """
+        self.wait()
+        if not processes.first():
+            return
+        file = _seal_of(self.folder, step)
+        try:
+            seal = _read_seal(self.folder, step) | {"rank": float(rank)}
+            unfinished = file.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(seal | {"check": _checksum(seal)}))
+            os.replace(unfinished, file)  # at no moment without a whole seal
+            self._ranks[step] = float(rank)
+        except (OSError, ValueError, KeyError) as error:
+            self.warn(f"checkpoint {step} could not be ranked: {error}")
 
     def wait(self) -> bool:
         """Waits until the last save is on the disk; False, with a warning, if it is not."""
@@ -118,8 +173,11 @@ class Checkpoints:
     def _failed(self, step: int | None, error: Exception) -> None:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         self.failure = f"checkpoint {step} could not be written: {reason[0][:300]}"
+        if not processes.alone():  # the others would wait for this one to save with them
+            raise CheckpointError(self.failure) from error
         self.warn(f"{self.failure}; the run goes on, older checkpoints are intact")
         self._close()
+        shutil.rmtree(self.folder / f"{step}{UNFINISHED}", ignore_errors=True)  # it takes up room
         self._manager = self._open()  # the old manager believes that the failed step exists
 
     def restore(self, target: Tree, *, step: int | None = None) -> tuple[Tree, int] | None:
@@ -134,51 +192,72 @@ class Checkpoints:
 
         Raises:
           CheckpointError: if the newest checkpoint is of another model (then nothing is renamed),
-            or if there are checkpoints and none can be read.
+            or if there are checkpoints and none can be read, now or when they were set aside.
         """
-        steps = [s for s in self.steps() if step is None or s == step]
+        steps = processes.from_first([s for s in self.steps() if step is None or s == step])
+        aside = sorted(p.name for p in self.folder.iterdir() if p.name.startswith(DAMAGED))
+        if aside and not steps:  # the command that set them aside was given once more
+            raise CheckpointError(
+                f"{self.folder} holds damaged checkpoints only: {', '.join(aside)}. Start anew "
+                "with another --workdir"
+            )
         with _without_stray_errors():
             for candidate in reversed(steps):
+                damage = None
                 try:
-                    return self._restore_one(candidate, target), candidate
-                except CheckpointError:
+                    state = self._restore_one(candidate, target)
+                # Too little memory says nothing of the file.
+                except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
                     raise
                 except Exception as error:  # Orbax raises at least seven types on damaged files
-                    self._set_aside(candidate, error)
+                    damage = error
+                if processes.agree(damage is None):
+                    return state, candidate
+                self._set_aside(candidate, damage or OSError("another process cannot read it"))
+                gc.collect()  # what else was being read complains now, while nobody listens
         if steps:
+            aside = "" if self._read_only else "; they were set aside as damaged-*"
             raise CheckpointError(
-                f"none of the checkpoints {steps} in {self.folder} can be read; they were set "
-                "aside as damaged-*. Start anew with another --workdir"
+                f"none of the checkpoints {steps} in {self.folder} can be read{aside}. Start anew "
+                "with another --workdir"
             )
         return None
 
     def _restore_one(self, step: int, target: Tree) -> Tree:
-        self._check_same_model(step, target)
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(target), seal=ocp.args.JsonRestore()
-        )
-        out = self._manager.restore(step, args=args)
-        if out["seal"]["step"] != step or out["seal"]["digest"] != digest(out["state"]):
+        seal = _read_seal(self.folder, step)
+        self._check_same_model(step, target, seal)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        state = self._manager.restore(step, args=args)["state"]
+        if seal["digest"] != digest(state):
             raise OSError("its digest differs from its content")
-        return out["state"]
+        self.notes = seal.get("notes", {})
+        return state
 
     def _set_aside(self, step: int, error: Exception) -> None:
         reason = (str(error).strip().splitlines() or [""])[0][:200]
-        aside = self.folder / f"damaged-{step}-{time.time_ns()}"
+        if self._read_only:
+            self.warn(f"checkpoint {step} cannot be read ({reason}), going back to the one before")
+            return
+        aside = self.folder / f"{DAMAGED}{step}-{time.time_ns()}"
         self.warn(
             f"checkpoint {step} is damaged ({type(error).__name__}: {reason}); set aside as "
             f"{aside.name}, going back to the one before"
         )
         self._close()
-        os.rename(self.folder / str(step), aside)
+        processes.first_does(os.rename, self.folder / str(step), aside)
         self._manager = self._open()  # the old manager would refuse to save that step again
 
-    def _check_same_model(self, step: int, target: Tree) -> None:
+    def _check_same_model(self, step: int, target: Tree, seal: dict[str, Any]) -> None:
         saved = _shapes(self._manager.item_metadata(step)["state"])
+        if seal.get("arrays", _checksum(saved)) != _checksum(saved):
+            raise OSError("its list of arrays is not the one that was sealed")
         wanted = _shapes(target)
         different = [
             f"{name}: {saved.get(name, 'absent')} there, {wanted.get(name, 'absent')} wanted"
-            for name in sorted(saved.keys() | wanted.keys())
+            # What the optimizer keeps of a parameter differs with it, and says less.
+            for name in sorted(
+                saved.keys() | wanted.keys(), key=lambda n: (not n.startswith("params/"), n)
+            )
             if saved.get(name) != wanted.get(name)
         ]
         if different:
@@ -200,6 +279,46 @@ class Checkpoints:
         finished = self.wait()
         self._close()
         return finished
+
+
+@dataclass(frozen=True)
+class _Best:
+    """Keeps the `count` checkpoints of the highest rank: a `PreservationPolicy` of Orbax."""
+
+    count: int
+    ranks: dict[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        ranked = [(self.ranks[c.step], c.step) for c in checkpoints if c.step in self.ranks]
+        best = {step for _, step in sorted(ranked)[max(len(ranked) - self.count, 0) :]}
+        return [c.step in best for c in checkpoints]
+
+
+def _seal_of(folder: Path, step: int) -> Path:
+    return folder / str(step) / "seal" / "metadata"
+
+
+def _read_seal(folder: Path, step: int) -> dict[str, Any]:
+    """What a checkpoint tells of itself; OSError or ValueError if it is damaged."""
+    seal = json.loads(_seal_of(folder, step).read_text())
+    check = seal.pop("check", None)
+    # The first seals held two numbers, and no checksum of themselves.
+    if check != _checksum(seal) and (check is not None or seal.keys() != {"step", "digest"}):
+        raise OSError("its seal differs from the seal's own checksum")
+    if seal["step"] != step:
+        raise OSError(f"it was saved as step {seal['step']}")
+    return seal
+
+
+def _ranks(folder: Path, steps: Sequence[int]) -> dict[int, float]:
+    """The ranks of those that have one; `restore` deals with the damaged."""
+    ranks = {}
+    for step in steps:
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            rank = _read_seal(folder, step).get("rank")
+            if rank is not None:
+                ranks[step] = rank
+    return ranks
 
 
 @dataclass(frozen=True)
@@ -232,27 +351,23 @@ def read(workdir: str | Path) -> Saved:
         raise CheckpointError(f"{workdir} holds no checkpoints")
     reasons = []
     with _without_remarks(), _reading(folder) as manager:
-        ranks = {step: (manager.metrics(step) or {}).get("rank") for step in manager.all_steps()}
-        ranked = sorted((rank, step) for step, rank in ranks.items() if rank is not None)
-        order = [step for _, step in ranked[::-1]] + sorted(ranks, reverse=True)
+        steps = manager.all_steps()
+        ranked = sorted((rank, step) for step, rank in _ranks(folder, steps).items())
+        order = [step for _, step in ranked[::-1]] + sorted(steps, reverse=True)
         with _without_stray_errors():
             for step in dict.fromkeys(order):
                 try:
-                    return _read_one(manager, step)
+                    return _read_one(manager, folder, step)
                 except Exception as error:  # Orbax raises at least seven types on damaged files
                     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                     reasons.append(f"{step}: {reason[:200]}")
+                gc.collect()
     told = f": {'; '.join(reasons)}" if reasons else ""
     raise CheckpointError(f"{workdir} holds no checkpoint that can be read{told}")
 
 
 def _reading(folder: Path) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(
-        read_only=True,
-        create=False,
-        save_interval_steps=0,
-        best_fn=lambda metrics: metrics["rank"],
-    )
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "seal": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
@@ -269,7 +384,8 @@ def _without_remarks() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _read_one(manager: ocp.CheckpointManager, step: int) -> Saved:
+def _read_one(manager: ocp.CheckpointManager, folder: Path, step: int) -> Saved:
+    seal = _read_seal(folder, step)
     saved = manager.item_metadata(step)["state"]
     target = {
         part: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), saved[part])
@@ -281,9 +397,7 @@ def _read_one(manager: ocp.CheckpointManager, step: int) -> Saved:
         restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target),
         partial_restore=True,
     )
-    args = ocp.args.Composite(state=restore, seal=ocp.args.JsonRestore())
-    out = manager.restore(step, args=args)
-    state, seal = out["state"], out["seal"]
+    state = manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
     parts = {part: state.get(part, {}) for part in ("params", "model_state", "ema")}
     # The digests lie in the order of TrainState: step, params, model state, optimizer, mean.
     found = {part: digest(tree) for part, tree in parts.items()}
@@ -301,7 +415,9 @@ def _without_stray_errors() -> Iterator[None]:
     before = sys.unraisablehook
 
     def hook(stray: Any) -> None:
-        if "Event loop is closed" not in str(stray.exc_value):
+        code = getattr(stray.object, "cr_code", None)  # of a coroutine
+        of_orbax = code is not None and "orbax" in code.co_filename
+        if not of_orbax and "Event loop is closed" not in str(stray.exc_value):
             before(stray)
 
     sys.unraisablehook = hook
@@ -309,6 +425,11 @@ def _without_stray_errors() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+
+
+def _checksum(plain: Any) -> int:
+    """Of plain data; tuples and lists are the same, as in JSON."""
+    return zlib.crc32(json.dumps(plain, sort_keys=True).encode())
 
 
 def _shapes(tree: Tree) -> dict[str, tuple]:

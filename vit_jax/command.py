@@ -46,5 +46,6 @@ def quiet() -> None:
     """Keeps libraries' chatter off the terminal: what a command says is what a person reads."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Orbax logs a page of traceback for a full disk, which `checkpoint.py` says in a sentence.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -14,6 +14,7 @@ A batch is a flat dictionary of arrays. The names below are the only place a for
     tokens        [B, T] int32, 0 is padding
     patch_mask    [B, h, w] bool, True is hidden
     masks         [B, M, H, W] bool, the pixels of each object that can be seen
+    stop          [B] bool, True on the rows of a process that was asked to stop; of several only
 
 An example's `boxes` are [m, 4] float32 (x0, y0, x1, y1) in pixels; it may have `crowd` [m] bool and
 `area` [m], in pixels, besides.

@@ -10,6 +10,7 @@ import numpy as np
 
 from vit_jax import cost, mesh, pictures
 from vit_jax.contracts import Batch
+from vit_jax.evaluate import memory_errors
 from vit_jax.report import Report
 from vit_jax.run import Run, set_up
 from vit_jax.train import describe
@@ -37,7 +38,7 @@ def dry_run(config: dict[str, Any], workdir: str | Path) -> Path:
         picture = _draw(run, batch, workdir / "batch.png")
         report.say(f"the first batch, as the model sees it: {picture}")
         began = time.monotonic()
-        with mesh.memory_errors(config["batch_size"]):
+        with memory_errors(run):
             placed = mesh.put_batch(batch, run.mesh)
             train_step = run.compile_train_step(placed)  # where there are several shapes, for this
             report.say(f"compiled the training step in {time.monotonic() - began:.0f} s")

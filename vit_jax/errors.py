@@ -2,6 +2,19 @@
 
 `vit_jax.main` prints such an error as one sentence. Any other exception is ours to mend and keeps
 its traceback.
+
+    0    done
+    1    our mistake, with a traceback; or the watchdog: nothing was finished for `hang_seconds`,
+         with the stack of every thread. Started again, the command goes on from its checkpoint
+    2    ConfigError: the command line or the config; nothing was touched
+    3    DataError: missing, empty or too much of it broken
+    4    CheckpointError: another config's or model's folder, another run is in it, no checkpoint
+         that can be read, or the last one could not be written
+    5    DivergedError: too many updates in a row were not finite; all checkpoints are
+    6    OutOfMemoryError: the device's memory, never the disk
+    130  Ctrl-C, and 143 SIGTERM: the current step is saved, the same command goes on
+    137  SIGKILL, of whoever killed it: the same command goes on from the last checkpoint
+    141  the reader of the output went away
 """
 
 import difflib

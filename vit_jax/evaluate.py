@@ -1,6 +1,6 @@
 """A model on held-out data: numbers of the whole split, and pictures with what it says of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax import checkpoint, mesh, pictures, step
+from vit_jax import checkpoint, mesh, pictures, processes, step
 from vit_jax.build import build
-from vit_jax.contracts import Batch, Dataset, Example
+from vit_jax.contracts import Batch, Dataset, Example, Predictions, Sums
 from vit_jax.data import pipeline
 from vit_jax.errors import CheckpointError, DataError
+from vit_jax.interrupt import Reader
 from vit_jax.report import Report, sentence
 from vit_jax.run import Run, check_owner, set_up
 
@@ -32,9 +33,15 @@ def evaluate(config: dict[str, Any], workdir: str | Path) -> dict[str, dict[str,
     run, workdir = set_up(config), Path(workdir)
     if not check_owner(workdir, config):
         raise CheckpointError(f"{workdir} is no run folder: there is nothing to evaluate")
+    if not (workdir / "checkpoints").is_dir():
+        raise CheckpointError(f"{workdir} holds no checkpoint yet")
     results = {}
-    with Report(None, run.total_steps, run.steps_per_epoch, config["batch_size"]) as report:
-        checkpoints = checkpoint.Checkpoints(workdir, **config["checkpoint"], warn=report.warn)
+    durations = run.total_steps, run.steps_per_epoch, config["batch_size"]
+    with Report(None, *durations, quiet=not processes.first()) as report:
+        # A run that goes on in this folder is not to notice.
+        checkpoints = checkpoint.Checkpoints(
+            workdir, **config["checkpoint"], warn=report.warn, read_only=True
+        )
         try:
             if not checkpoints.steps():
                 raise CheckpointError(f"{workdir} holds no checkpoint yet")
@@ -47,13 +54,15 @@ def evaluate(config: dict[str, Any], workdir: str | Path) -> dict[str, dict[str,
             checkpoints.close()
         eval_step = compile_eval_step(run)
         for number, state in states.items():
-            found = evaluate_split(run, eval_step, rows_of(state), report, [])
+            with memory_errors(run):
+                found = evaluate_split(run, eval_step, rows_of(state), report, [])
             for name, numbers in found.items():
                 note = " (best)" if number == best else ""
                 results[f"step {number}{note} {name}"] = numbers
                 report.say(f"step {number}{note} {name}: {sentence(numbers)}")
         drawn = draw(run, eval_step, list(rows_of(state).values())[-1], SHOWN)
-        pictures.predictions(workdir / "predictions.png", drawn, run.task.cell)
+        if processes.first():
+            pictures.predictions(workdir / "predictions.png", drawn, run.task.cell)
     return results
 
 
@@ -70,7 +79,19 @@ def compile_eval_step(run: Run) -> Callable:
     spec, model = run.config["eval"].get("inference"), run.model
     if spec:
         model = build(spec, model=model)
-    return jax.jit(partial(step.eval_step, model=model, task=run.task))
+    function = partial(step.eval_step, model=model, task=run.task)
+    jitted = jax.jit(function, out_shardings=mesh.replicated(run.mesh))
+
+    def eval_step(variables: Any, batch: Batch) -> tuple[Sums, Predictions]:
+        with jax.set_mesh(run.mesh):  # for `layers.rows`
+            return jitted(variables, batch)
+
+    return eval_step
+
+
+def reader(run: Run, batches: Iterator[Batch], stopped: list[int]) -> Iterator[Batch]:
+    """The batches; where other processes make them, a signal ends the waiting by `CutError`."""
+    return Reader(batches, stopped) if run.config["data"]["workers"] else batches
 
 
 def rows_of(state: step.TrainState) -> dict[str, Any]:
@@ -88,16 +109,26 @@ def broken_pictures(run: Run, batch: Batch, data: Dataset) -> list[str]:
 
 
 def evaluate_split(
-    run: Run, eval_step: Callable, rows: dict[str, Any], report: Report, stopped: list[int]
+    run: Run,
+    eval_step: Callable,
+    rows: dict[str, Any],
+    report: Report,
+    stopped: list[int],
+    alive: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, float]] | None:
-    """Each set of variables on the whole validation split, read once; None if a signal came."""
+    """Each set of variables on the whole validation split, read once; None if a signal came.
+
+    `alive` is called whenever something is done.
+    """
     sums: dict[str, dict] = {name: {} for name in rows}
     found: dict[str, list] = {name: [] for name in rows}
     skipped = 0
-    for batch in run.validation():
+    for batch in reader(run, run.validation(), stopped):
         if stopped:
             return None
-        for text in broken_pictures(run, batch, run.eval_data):
+        own = {"index": batch["index"].astype(np.int32), "valid": batch["valid"]}
+        all_rows = mesh.gather(own, run.mesh)
+        for text in broken_pictures(run, all_rows, run.eval_data):
             skipped += 1
             report.warn(f"left out of the evaluation, a broken picture: {text}")
         placed = mesh.put_batch(batch, run.mesh)
@@ -110,18 +141,30 @@ def evaluate_split(
             if run.task.wants_results:
                 predictions = jax.device_get(predictions)
                 found[name] += [
-                    (int(batch["index"][row]), {k: v[row] for k, v in predictions.items()})
-                    for row in np.flatnonzero(batch["valid"])
+                    (int(all_rows["index"][row]), {k: v[row] for k, v in predictions.items()})
+                    for row in np.flatnonzero(all_rows["valid"])
                 ]
+        alive()
     results = {}
+
+    def result(index: int) -> Example:
+        alive()
+        return run.eval_data[index]
+
     for name, total in sums.items():
         # What does not add up is compared with the data as it is, not as the model sees it.
-        pairs = ((prediction, run.eval_data[index]) for index, prediction in found[name])
+        pairs = ((prediction, result(index)) for index, prediction in found[name])
         results[name] = run.task.summarize(total, pairs if run.task.wants_results else None)
     if skipped:
         for numbers in results.values():
             numbers["broken_pictures"] = float(skipped)
     return results
+
+
+def memory_errors(run: Run) -> Any:
+    """A context: too little memory becomes one sentence, with a batch size that fits the run."""
+    unit = mesh.batch_unit(run.mesh, run.config["accumulate"])
+    return mesh.memory_errors(run.config["batch_size"], unit)
 
 
 def draw(run: Run, eval_step: Callable, variables: Any, count: int = SHOWN) -> list[tuple]:
@@ -137,7 +180,8 @@ def draw(run: Run, eval_step: Callable, variables: Any, count: int = SHOWN) -> l
         subset, run.eval_transforms, batch_size=run.config["batch_size"], max_pixels=run.max_pixels
     )
     for batch in batches:
-        predictions = jax.device_get(eval_step(variables, mesh.put_batch(batch, run.mesh))[1])
+        placed = mesh.put_batch(batch, run.mesh, whole=True)
+        predictions = jax.device_get(eval_step(variables, placed)[1])
         for row in np.flatnonzero(batch["valid"]):
             example = pipeline.decoded(subset[int(batch["index"][row])], run.max_pixels)
             prediction = {k: v[row] for k, v in predictions.items()}

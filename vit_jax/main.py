@@ -1,11 +1,12 @@
 """Trains or evaluates what a config describes: python -m vit_jax.main --config=configs/cvt.py."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from vit_jax import command
+from vit_jax import command, faults, interrupt, keys, targets
 from vit_jax.build import flatten
 from vit_jax.errors import ConfigError, nearest
 
@@ -18,12 +19,14 @@ USAGE = """Trains or evaluates what a config describes.
   python -m vit_jax.main --config=configs/detr.py                     find digits in scenes
   python -m vit_jax.main --config=configs/cvt.py --mode=eval          evaluate the run's checkpoints
   python -m vit_jax.main --config=configs/cvt.py --dry_run            sizes, memory, time, one batch
+  python -m vit_jax.main --config=configs/cvt.py --coordinator=HOST:PORT --processes=2 --process=0
 
 Recipes of classifiers are digits (default), folder, finetune, probe, cifar10, imagenet and tiny; of
 detr, setr and upernet scenes (default), folder and those that their files name. Started again, the
 same command goes on where it stopped. A config is a Python file, and it is executed.
 """
-FLAGS = ("config", "workdir", "mode", "dry_run")
+MEETING = ("coordinator", "processes", "process")
+FLAGS = ("config", "workdir", "mode", "dry_run", *MEETING)
 NO_CONFIG = ("__init__", "common")
 
 
@@ -37,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or {"--help", "-h", "--helpfull", "--helpshort"} & set(argv):
         print(USAGE)
         return 0 if argv else 2
-    return command.guard(lambda: _run(*parse(argv)), "stopped before anything was trained")
+    return command.guard(lambda: _start(argv), "stopped before anything was trained")
 
 
 def parse(argv: list[str]) -> tuple[dict[str, Any], Path, str, bool]:
@@ -62,11 +65,41 @@ def parse(argv: list[str]) -> tuple[dict[str, Any], Path, str, bool]:
         wanted = default.get(key)
         if value is None and wanted is not None:
             raise ConfigError(f"config.{key}: a {type(wanted).__name__} was wanted, got None")
+    keys.check(config)
+    targets.check(config)
+    folders = {"--workdir": values.workdir, "data.data_dir": config["data"]["data_dir"]}
+    for name, path in folders.items():
+        if "://" in path:  # which a file system would take for folders of such names
+            raise ConfigError(
+                f"{name}={path} is an address, and a folder was wanted: mount the bucket, as "
+                "docs/scale.md says"
+            )
     file, _, recipe = spec.partition(":")
     workdir = (
         values.workdir or Path("runs") / f"{Path(file).stem}-{recipe or config['data']['name']}"
     )
     return config, Path(workdir), values.mode, values.dry_run
+
+
+def meeting(argv: list[str]) -> dict[str, Any]:
+    """What the command line says of the other processes: arguments of `processes.join`.
+
+    Raises:
+      ConfigError: unless all of it is there, and goes together, or nothing is.
+    """
+    values = _flags([a for a in argv if a.lstrip("-").partition("=")[0] in MEETING])
+    coordinator, processes, process = (getattr(values, name) for name in MEETING)
+    host, _, port = coordinator.rpartition(":")
+    if coordinator and not (host and port.isdecimal()):
+        raise ConfigError(f"--coordinator={coordinator}: HOST:PORT was wanted, as in 10.0.0.1:1234")
+    if not coordinator and (processes or process != -1):
+        raise ConfigError("--processes and --process need --coordinator=HOST:PORT of process 0")
+    if coordinator and not 0 <= process < processes:
+        raise ConfigError(
+            f"--coordinator needs --processes, how many there are (got {processes}), and --process,"
+            f" which one this is, 0 to {max(processes - 1, 0)} (got {process})"
+        )
+    return {"coordinator": coordinator, "processes": processes, "process": process}
 
 
 def _check_number(key: str, text: str, default: Any) -> None:
@@ -91,21 +124,42 @@ def _flags(argv: list[str]) -> Any:
     flags.DEFINE_string("workdir", "", "run folder", flag_values=values)
     flags.DEFINE_enum("mode", "train", ["train", "eval"], "", flag_values=values)
     flags.DEFINE_boolean("dry_run", False, "", flag_values=values)
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0", flag_values=values)
+    flags.DEFINE_integer("processes", 0, "how many", flag_values=values)
+    flags.DEFINE_integer("process", -1, "which one", flag_values=values)
     before = sys.argv
     sys.argv = ["vit_jax.main", *argv]  # config_flags looks for overrides there
     try:
         rest = values(sys.argv)
-    except (flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
-        # A config file's own error comes with a traceback inside: its last line is the sentence.
-        lines = str(error.args[0] if error.args else error).strip().splitlines() or [repr(error)]
-        sentence = lines[-1] if "Traceback" in lines[0] or len(lines) > 3 else " ".join(lines)
-        raise ConfigError(sentence.removeprefix("ValueError: ")) from error
+    except Exception as error:  # a config file is a program, which may fail in any way
+        raise ConfigError(_sentence(error)) from error
     finally:
         sys.argv = before
+    given = any(a.partition("=")[0] in ("--config", "-config") for a in argv)
+    if given and not hasattr(values.config, "to_json_best_effort"):
+        raise ConfigError(
+            f"get_config() must return a config, as configs.common.base() makes it, not "
+            f"{values.config!r}"
+        )
     if rest[1:]:
         hint = f"; to set a value write --config.{rest[1]}" if "=" in rest[1] else ""
         raise ConfigError(f"{rest[1]!r} is no flag{hint}")
     return values
+
+
+def _sentence(error: Exception) -> str:
+    """What is wrong with the flags or in a config file, as one line."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: {error.msg}"
+    text = str(error.args[0] if error.args else error).strip() or repr(error)
+    unknown = re.search(r"Key [\\'\"]+([^\\'\"]+)[\\'\"]+ does not exist", text)
+    if unknown:  # the library goes on with all keys there are
+        last = {name.rpartition(".")[2] for name in keys.names()}
+        return f"there is no config key {unknown[1]!r}.{nearest(unknown[1], last)}"
+    lines = text.splitlines()
+    # A config file's own error comes with a traceback inside: its last line is the sentence.
+    sentence = lines[-1] if "Traceback" in text or len(lines) > 3 else " ".join(lines)
+    return sentence.strip().removeprefix("ValueError: ")
 
 
 def _resolve(argv: list[str]) -> tuple[list[str], str]:
@@ -134,9 +188,14 @@ def _resolve(argv: list[str]) -> tuple[list[str], str]:
     raise ConfigError(f"no --config=FILE given{hint}; try --config=configs/cvt.py, or --help")
 
 
-def _run(config: dict[str, Any], workdir: Path, mode: str, dry: bool) -> int:
+def _start(argv: list[str]) -> int:
     """Calls what the command line asks for; heavy imports wait until it is known to be right."""
     command.quiet()
+    (config, workdir, mode, dry), others = parse(argv), meeting(argv)
+    faults.read()  # a misspelt one is as wrong as a misspelt flag
+    from vit_jax import processes
+
+    processes.join(**others)
     from vit_jax.train import StoppedError, train
 
     try:
@@ -151,6 +210,8 @@ def _run(config: dict[str, Any], workdir: Path, mode: str, dry: bool) -> int:
         else:
             train(config, workdir)
     except StoppedError as error:
+        if error.compiling:
+            interrupt.leave(error.exit_status)
         return error.exit_status
     return 0
 

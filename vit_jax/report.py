@@ -46,6 +46,7 @@ class Report:
         start_step: int = 0,
         *,
         interval: float = 10.0,
+        quiet: bool = False,
     ):
         """Makes the folder where it is missing, and drops rows of steps after `start_step`.
 
@@ -59,8 +60,10 @@ class Report:
           batch_size: examples of a step.
           start_step: the step that this process goes on from.
           interval: seconds between two plain progress lines.
+          quiet: of several processes, one that is not to write and speak: it only warns.
         """
-        self.workdir = None if workdir is None else Path(workdir)
+        self.workdir = None if workdir is None or quiet else Path(workdir)
+        self.quiet = quiet
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.batch_size, self.start_step, self.interval = batch_size, start_step, interval
         self.lost = 0
@@ -110,6 +113,8 @@ class Report:
                 f"memory {cost.human(_memory())}B",
             )
         )
+        if self.quiet:
+            return
         if self._console is not None:
             self._draw(Group(Text(line), ProgressBar(self.total_steps, step)))
         now = time.monotonic()
@@ -121,6 +126,8 @@ class Report:
 
     def say(self, text: str) -> None:
         """A line above the progress line, and in log.txt with the time."""
+        if self.quiet:
+            return
         self._show(text)
         self._note(text)
 
@@ -148,6 +155,12 @@ class Report:
         row |= {k: v if math.isfinite(v) else NOT_FINITE[str(v)] for k, v in numbers.items()}
         self.attempt(f"write {METRICS}", self._write_row, json.dumps(row, allow_nan=False))
         self.attempt("write TensorBoard's numbers", self._write_events, step, split, numbers)
+
+    def flush(self) -> None:
+        """Everything that was written is in the files: what a kill leaves."""
+        if self._events is not None:
+            self.attempt("write TensorBoard's numbers", self._events.flush)
+            self._last_flush = time.monotonic()
 
     def attempt(self, what: str, function: Callable, *arguments: Any) -> Any:
         """What `function` returns, or None with a warning where the disk refuses it.

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from vit_jax import mesh, optim, step
+from vit_jax import mesh, optim, processes, step
 from vit_jax.build import build, flatten
 from vit_jax.contracts import Batch, Dataset, Sums, Task, Transform
 from vit_jax.data import pipeline
@@ -23,9 +23,22 @@ from vit_jax.errors import CheckpointError, ConfigError, DataError
 from vit_jax.pretrained import finetune
 from vit_jax.pretrained.own import LABELS
 
-# Change nothing of what is learned.
-FREE_KEYS = ("data.threads", "data.workers", "checkpoint.", "log_every", "eval.inference.")
-
+# Change nothing of what is learned, but for the order in which devices round.
+FREE_KEYS = (
+    "data.threads",
+    "data.workers",
+    "checkpoint.",
+    "log_every",
+    "max_skipped",
+    "hang_seconds",
+    "data.max_broken",
+    "eval.inference.",
+    "mesh.",
+    "sharding",
+)
+UNFINISHED = "config.json.tmp"
+# What a dry run draws, and what a run that was killed at once leaves.
+BEFORE_CLAIM = ("batch.png", LABELS, UNFINISHED)
 
 # XLA spends ten times longer on making random numbers fast on a CPU than on making them.
 RUNS_ONCE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -65,8 +78,10 @@ class Run:
 
     @property
     def key(self) -> jax.Array:
-        """The root of all randomness on the device; step n draws from `fold_in(key, n)`."""
-        return jax.random.key(self.config["seed"])
+        """The root of all randomness on the devices; step n draws from `fold_in(key, n)`."""
+        make = partial(jax.random.key, self.config["seed"])
+        # Not `device_put`, which leaves devices of other processes alone.
+        return jax.jit(make, out_shardings=mesh.replicated(self.mesh))()
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Training batches from that step on, for ever."""
@@ -77,7 +92,7 @@ class Run:
             seed=self.config["seed"],
             start_step=start_step,
             mix=self.mix,
-            **_reading(self.config),
+            **self._reading,
         )
 
     def validation(self) -> Iterator[Batch]:
@@ -86,21 +101,30 @@ class Run:
             self.eval_data,
             self.eval_transforms,
             batch_size=self.config["batch_size"],
-            **_reading(self.config),
+            **self._reading,
         )
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        process_index, process_count = mesh.host_part(self.mesh)
+        own = {"process_index": process_index, "process_count": process_count}
+        return _reading(self.config) | own
 
     def init(self) -> step.TrainState:
         """The state of step 0 on the mesh: fresh, or with the weights of `config.init`."""
         shapes = self.abstract_batch.items()
         batch = {k: jnp.zeros((1, *v.shape[1:]), v.dtype) for k, v in shapes}
-        fresh = self._once(partial(step.init_variables, batch=batch, model=self.model), self.key)
+        shardings = _shardings(self.abstract_state)
+        of_variables = {"params": shardings.params, **shardings.model_state}
+        function = partial(step.init_variables, batch=batch, model=self.model)
+        fresh = self._once(function, self.key, of_variables)
         variables = self.warm_start.fill(fresh) if self.warm_start else fresh
         start = partial(step.init_state, optimizer=self.optimizer, ema=self.config["ema"] > 0)
-        return self._once(start, variables)
+        return self._once(start, variables, shardings)
 
-    def _once(self, function: Callable, argument: Any) -> Any:
+    def _once(self, function: Callable, argument: Any, shardings: Any) -> Any:
         """One call, compiled in little time."""
-        lowered = jax.jit(function, out_shardings=mesh.replicated(self.mesh)).lower(argument)
+        lowered = jax.jit(function, out_shardings=shardings).lower(argument)
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         return lowered.compile(RUNS_ONCE if on_cpu else None)(argument)
 
@@ -121,22 +145,37 @@ class Run:
             accumulate=self.config["accumulate"],
             ema_decay=self.config["ema"],
         )
-        jitted = jax.jit(function, donate_argnums=0, out_shardings=mesh.replicated(self.mesh))
-        key = jax.eval_shape(lambda: self.key)
-        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=mesh.replicated(self.mesh))
-        return jitted.lower(self.abstract_state, batch, key=key).compile()
+        whole = mesh.replicated(self.mesh)
+        out_shardings = _shardings(self.abstract_state), whole
+        jitted = jax.jit(function, donate_argnums=0, out_shardings=out_shardings)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+        with jax.set_mesh(self.mesh):  # for `layers.rows`
+            return jitted.lower(self.abstract_state, batch, key=key).compile()
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def _reading(config: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("max_pixels", "threads", "workers")
-    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    return {name: config["data"][name] for name in names} | hosts
+    return {name: config["data"][name] for name in ("max_pixels", "threads", "workers")}
 
 
-def set_up(config: dict[str, Any]) -> Run:
+def set_up(
+    config: dict[str, Any],
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    splits: Sequence[Dataset] | None = None,
+) -> Run:
     """Builds what `config` describes, and checks that the parts fit each other.
 
     What the config leaves to the checkpoint of its `init` is filled in, in place.
+
+    Args:
+      config: as `main.parse` gives it.
+      devices: to lay the run out on, which may be a description of a pod; None is all there are.
+      splits: what to learn from and what is held out; None opens what the config names.
 
     Raises:
       ConfigError: if they do not.
@@ -144,11 +183,11 @@ def set_up(config: dict[str, Any]) -> Run:
       CheckpointError: if `config.init` cannot be read, or is of another model.
     """
     opened = finetune.resolve(config)
-    devices = mesh.make_mesh()
+    devices = mesh.make_mesh(config["mesh"], devices)
     mesh.check_batch_size(config["batch_size"], devices, config["accumulate"])
     data = config["data"]
     with _remarks() as remarks:
-        splits = [
+        splits = splits or [
             pipeline.open_dataset(data["name"], split, data["data_dir"], **data["options"])
             for split in ("train", "validation")
         ]
@@ -188,7 +227,6 @@ def set_up(config: dict[str, Any]) -> Run:
     state = jax.eval_shape(
         partial(step.init_state, optimizer=optimizer, ema=config["ema"] > 0), variables
     )
-    whole = mesh.replicated(devices)
     return Run(
         config=config,
         mesh=devices,
@@ -203,9 +241,7 @@ def set_up(config: dict[str, Any]) -> Run:
         warmup_steps=warmup_steps,
         schedule=schedule,
         optimizer=optimizer,
-        abstract_state=jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state
-        ),
+        abstract_state=mesh.lay_out(state, state.params, devices, config["sharding"]),
         abstract_batch=abstract_batch,
         remarks=tuple(dict.fromkeys(remarks)),
         warm_start=warm_start,
@@ -249,21 +285,19 @@ def _fit_head(config: dict[str, Any], data: Dataset) -> None:
 
 def _abstract_batch(config, data, transforms, mix, devices) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a batch, read off two real examples."""
-    reading = _reading(config) | {
-        "threads": 0,
-        "workers": 0,
-        "process_index": 0,
-        "process_count": 1,
-    }
+    reading = _reading(config) | {"threads": 0, "workers": 0}
     batches = pipeline.train_batches(
         data, transforms, batch_size=2, seed=config["seed"], mix=mix, **reading
     )
     sharding = mesh.split_rows(devices)
+    example = mesh.device_part(next(iter(batches)))
+    if not processes.alone():
+        example["stop"] = example["valid"]
     return {
         key: jax.ShapeDtypeStruct(
             (config["batch_size"], *value.shape[1:]), value.dtype, sharding=sharding
         )
-        for key, value in mesh.device_part(next(iter(batches))).items()
+        for key, value in example.items()
     }
 
 
@@ -282,14 +316,13 @@ def claim(workdir: Path, config: dict[str, Any], labels: tuple[str, ...] = ()) -
     if check_owner(workdir, config):
         return
     try:
-        # A dry run may have drawn its batch there.
-        if workdir.exists() and any(p.name != "batch.png" for p in workdir.iterdir()):
+        if workdir.exists() and any(p.name not in BEFORE_CLAIM for p in workdir.iterdir()):
             raise ConfigError(
                 f"workdir {workdir} has files but no config.json, so it is no run folder; choose "
                 "another --workdir"
             )
         workdir.mkdir(parents=True, exist_ok=True)
-        unfinished = workdir / "config.json.tmp"
+        unfinished = workdir / UNFINISHED
         (workdir / LABELS).write_text(json.dumps(labels) + "\n")
         unfinished.write_text(json.dumps(config, indent=2) + "\n")
         os.replace(unfinished, workdir / "config.json")

@@ -103,10 +103,12 @@ def train_step(
     one would have. With `accumulate` > 1 the batch is cut into that many parts, whose gradients add
     up weighted by what they counted: the same update, a fraction of the activations. An update
     whose loss or gradient is not finite leaves parameters, statistics, optimizer and mean as they
-    were, so that no later checkpoint can hold it; the caller reads it off the sums and stops.
+    were, so that no later checkpoint can hold it; the caller reads it off the sums. What overflows
+    only on the way from a finite gradient (times a huge learning rate) `all_finite` finds.
 
     Returns:
-      The next state, and the task's sums with `grad_norm` and `finite` (0 or 1) of this step.
+      The next state, and the task's sums with `grad_norm` and `finite` (0 or 1) of this step; and
+      `stop`, 1 if any row of the batch's has it.
     """
     step_key = jax.random.fold_in(key, state.step)
 
@@ -140,7 +142,20 @@ def train_step(
     new = TrainState(state.step + 1, params, model_state, opt_state, ema)
     old = state.replace(step=state.step + 1)
     new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-    return new, sums | {"grad_norm": grad_norm, "finite": finite.astype(jnp.float32)}
+    sums = sums | {"grad_norm": grad_norm, "finite": finite.astype(jnp.float32)}
+    if "stop" in batch:
+        sums["stop"] = jnp.any(batch["stop"]).astype(jnp.float32)
+    return new, sums
+
+
+@jax.jit
+def all_finite(tree: Tree) -> jax.Array:
+    """Whether every floating-point number of a tree is finite: a bool.
+
+    Not part of the step: there it would keep two copies of the whole state alive.
+    """
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
 
 def _accumulated(gradient_of, state: TrainState, batch: Batch, key: jax.Array, parts: int):

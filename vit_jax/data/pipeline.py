@@ -4,6 +4,8 @@ import ctypes
 import dataclasses
 import importlib
 import inspect
+import itertools
+import multiprocessing
 import os
 import pkgutil
 import signal
@@ -11,6 +13,8 @@ import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 import cv2
@@ -526,6 +530,10 @@ def _iterate(batches: _Batches, start: int, ahead: bool, workers: int) -> Iterat
     # Once, at the latest before the interpreter takes apart what closing needs.
     close = weakref.finalize(iterator, _close, iterator, batches)
     try:
+        if workers:
+            with _deaf_children():
+                first = list(itertools.islice(iterator, workers))
+            yield from first
         yield from iterator
     finally:
         close()
@@ -536,12 +544,29 @@ def _close(iterator: grain.DatasetIterator, batches: _Batches) -> None:
     batches.close()
 
 
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes started in here never get Ctrl-C or SIGTERM, which a terminal sends to all.
+
+    One that dies of it before `_start_worker` is called leaves the parent waiting for ever. The
+    parent itself still gets them, in another of its threads.
+    """
+    # Where it starts the tracker, Python listens to both signals afterwards.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(*_: int) -> None:
     """Leaves signals to the parent, and ends with it even if it is killed."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() == 1:  # the parent died before that
+    parent = multiprocessing.parent_process()
+    if os.getppid() == 1 or (parent is not None and not parent.is_alive()):  # died before that
         os._exit(1)
     cv2.setNumThreads(0)

@@ -12,6 +12,7 @@ from vit_jax.contracts import Array
 from vit_jax.errors import nearest
 from vit_jax.layers.attention import Attention
 from vit_jax.layers.dense import Dense
+from vit_jax.layers.rows import keep_rows
 
 # GELU's flavours differ by up to 2e-2: a checkpoint agrees only with the one it was trained on.
 ACTIVATIONS = {
@@ -242,7 +243,7 @@ def tapped_blocks(
                 return module(x, rate, train=train)
 
             run = nn.remat(run) if remat else run
-            x = run(block(name=f"block_{i}"), x)
+            x = keep_rows(run(block(name=f"block_{i}"), keep_rows(x)))
             left.append(x)
         return x, tuple(left[tap] for tap in taps)
 
@@ -251,7 +252,8 @@ def tapped_blocks(
     def body(
         module: nn.Module, carry: jax.Array, rate: Array
     ) -> tuple[jax.Array, jax.Array | None]:
-        carry = module(carry, rate if drops else rates[0], train=train)
+        rate = rate if drops else rates[0]
+        carry = keep_rows(module(keep_rows(carry), rate, train=train))
         return carry, carry if taps else None
 
     step = nn.remat(body, prevent_cse=False) if remat else body

@@ -11,6 +11,7 @@ from vit_jax.contracts import Array, Features
 from vit_jax.layers import windows
 from vit_jax.layers.attention import Attention
 from vit_jax.layers.dense import Dense
+from vit_jax.layers.rows import keep_rows
 from vit_jax.layers.transformer import DropPath, Mlp, apply_blocks, drop_path_rates
 
 
@@ -158,7 +159,7 @@ class SwinStage(nn.Module):
                 return block(x, rate, train=train)
 
             run = nn.remat(run) if self.remat else run
-            x = run(self.block(shifted=i % 2 == 1, name=f"block_{i}"), x)
+            x = keep_rows(run(self.block(shifted=i % 2 == 1, name=f"block_{i}"), keep_rows(x)))
         return x
 
 
