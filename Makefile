@@ -13,7 +13,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m 'slow and not long' $(ARGS)
 
 long: $(VENV)/.dev
 	$(BIN)/python -m pytest -m long --timeout=900 $(ARGS)

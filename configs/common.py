@@ -69,6 +69,7 @@ def base() -> ConfigDict:
             "nesterov": False,
             # Pattern of parameters without weight decay; None is biases, norms, tokens, positions.
             "no_decay": config_dict.placeholder(str),
+            "decay_1d": False,  # weight decay on parameters of one axis too
             "freeze": "",  # pattern of parameter names that stay as they are
             "layer_decay": 1.0,  # each earlier layer learns this much slower
             "lr_scale": (),  # ((pattern, factor), ...)

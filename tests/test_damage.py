@@ -178,14 +178,14 @@ def flip(number, whole, target, folder, *, save):
     return step == 1
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2, 3))])
+@pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.long) for i in (1, 2, 3))])
 def test_no_flipped_bit_goes_unnoticed(part, whole, target, tmp_path):
     numbers = range(50 * part, 50 * part + (10 if part == 0 else 50))
     found = [flip(n, whole, target, tmp_path, save=n % 5 == 0) for n in numbers]
     assert any(found)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nor_those_that_the_fast_test_left_out(whole, target, tmp_path):
     assert any(flip(n, whole, target, tmp_path, save=n % 5 == 0) for n in range(10, 50))
 
@@ -244,6 +244,7 @@ def test_a_run_whose_last_checkpoint_is_damaged_ends_as_if_it_were_not(trained, 
     assert read_metrics(workdir) == read_metrics(trained)
 
 
+@pytest.mark.long
 def test_a_run_whose_checkpoints_are_all_damaged_ends_with_4_each_time(trained, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)

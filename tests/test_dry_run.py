@@ -97,7 +97,7 @@ def test_pictures_of_several_shapes_are_drawn_timed_trained_and_evaluated(tmp_pa
     assert (tmp_path / "run/predictions.png").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_dense_recipe_is_drawn_and_timed(tmp_path, capsys):
     argv = ["--config=configs/setr.py:tiny", "--dry_run", f"--workdir={tmp_path / 'run'}"]
     assert main.main(argv) == 0, capsys.readouterr().err

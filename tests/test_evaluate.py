@@ -14,7 +14,6 @@ from vit_jax.data.transforms import Standardize
 from vit_jax.errors import ConfigError
 from vit_jax.tasks.segmentation import Segmentation
 
-
 TRACED = []  # each time that Python ran the model below
 
 

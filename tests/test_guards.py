@@ -142,7 +142,7 @@ def test_a_bad_batch_leaves_everything_but_the_number_of_the_step():
     jax.tree.map(np.testing.assert_array_equal, new.replace(step=state.step), state)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_state_that_overflowed_is_never_saved(run, tmp_path):
     # The first update is finite and so is its gradient, but 1e38 times as long.
     argv = ["--config.learning_rate=1e38", "--config.schedule.warmup_epochs=0.0"]
@@ -199,6 +199,7 @@ def seal_of(workdir):
     return newest, json.loads((workdir / "checkpoints" / str(newest) / "seal/metadata").read_text())
 
 
+@pytest.mark.slow
 def test_broken_pictures_are_counted_exactly_also_after_a_stop(album, run, tmp_path):
     base = [*ALBUM, f"--config.data.data_dir={album}"]
     whole, cut = f"--workdir={tmp_path / 'whole'}", f"--workdir={tmp_path / 'run'}"
@@ -278,7 +279,7 @@ def test_a_full_disk_costs_one_checkpoint_and_a_loud_line(planned, kept, tmp_pat
     assert lines[5] == str(kept)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_disk_that_is_full_at_the_end_is_no_success_and_the_next_run_makes_up_for_it(tmp_path):
     done = process(tmp_path / "run", "enospc@save3")
     assert done.returncode == 4
@@ -293,7 +294,7 @@ def test_a_disk_that_is_full_at_the_end_is_no_success_and_the_next_run_makes_up_
     assert names == ["2", "4", "6"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("planned", ["hang@3", "hang@eval1"])
 def test_a_run_that_hangs_is_ended_with_every_stack(planned, tmp_path):
     done = process(tmp_path / "run", planned, "--config.hang_seconds=6")
@@ -306,6 +307,7 @@ def test_a_run_that_hangs_is_ended_with_every_stack(planned, tmp_path):
 # --- two runs, other models, too little memory
 
 
+@pytest.mark.long
 def test_a_second_run_is_refused_and_looking_at_the_first_is_not(run, tmp_path):
     workdir = tmp_path / "run"
     assert run("")[0] == 0
@@ -364,7 +366,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name_and_shapes(other, tmp_
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_folder_with_another_models_checkpoints_ends_the_command(run, tmp_path):
     assert run("", "--config.steps=2")[0] == 0
     (tmp_path / "run").rename(tmp_path / "other")
@@ -379,7 +381,7 @@ def test_a_run_folder_with_another_models_checkpoints_ends_the_command(run, tmp_
     assert sorted(own.rglob("*")) == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_out_of_memory_names_the_bytes_and_a_batch_that_runs(run, tmp_path):
     status, _, err = run("oom@2")
     assert status == 6

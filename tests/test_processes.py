@@ -126,7 +126,7 @@ def alone(tmp_path_factory):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_what_one_does(tmp_path, alone):
     with Fellows(tmp_path / "two", STEPS) as two:
         assert two.wait() == [0, 0], two.said()

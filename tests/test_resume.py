@@ -70,8 +70,13 @@ def test_a_run_that_was_killed_while_it_claimed_its_folder_starts_all_the_same(t
     assert json.loads((tmp_path / "labels.json").read_text()) == ["cat", "dog"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "vit" else pytest.mark.long)
+        for name in CONFIGS
+    ],
+)
 def test_every_config_goes_on_bit_for_bit(name, programs, tmp_path, monkeypatch):
     argv = [f"--config=configs/{name}.py:tiny", *SHRUNK]
     assert main.main([*argv, f"--workdir={tmp_path / 'uncut'}"]) == 0
@@ -85,7 +90,7 @@ def two_epochs(programs, tmp_path_factory):
     return parts(workdir)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_goes_on_across_an_epochs_border(two_epochs, tmp_path, monkeypatch):
     argv = [*EPOCHS, "--config.data.threads=0"]
     assert cut_and_resumed(argv, tmp_path / "cut", monkeypatch) == two_epochs
@@ -101,7 +106,7 @@ def process(argv, workdir, programs, fault):
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_another_number_of_worker_processes_makes_the_same_run(two_epochs, programs, tmp_path):
     workdir = tmp_path / "cut"
     assert process([*EPOCHS, "--config.data.workers=2"], workdir, programs, "term@2") == 143
@@ -110,7 +115,7 @@ def test_another_number_of_worker_processes_makes_the_same_run(two_epochs, progr
     assert parts(workdir) == two_epochs
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_row_and_no_point_of_a_curve_is_lost_by_a_kill(two_epochs, programs, tmp_path):
     workdir = tmp_path / "cut"
     argv = [*EPOCHS, "--config.log_every=1", "--config.checkpoint_every=2"]

@@ -37,7 +37,9 @@ def uncut(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM]
+)
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(number, uncut, tmp_path, capsys, monkeypatch):
     workdir, progress = tmp_path / "run", Report.progress
 
@@ -59,6 +61,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(number, uncut, tmp_path, cap
     assert read_metrics(workdir) == read_metrics(uncut)  # none doubled, none missing
 
 
+@pytest.mark.slow
 def test_a_run_stopped_before_its_last_evaluation_makes_up_for_it(
     uncut, tmp_path, capsys, monkeypatch
 ):
@@ -155,28 +158,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkp
     assert last_state(tmp_path / "run")[0] >= 1
 
 
-def test_a_broken_checkpoint_falls_back_and_the_run_still_ends_the_same(
-    uncut, tmp_path, capsys, monkeypatch
-):
-    workdir, progress = tmp_path / "run", Report.progress
-
-    def stop_after_five(self, step, numbers):
-        progress(self, step, numbers)
-        if step == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Report, "progress", stop_after_five)
-    assert run(capsys, TINY, *RUN, f"--workdir={workdir}")[0] == 130
-    monkeypatch.undo()
-    for file in (workdir / "checkpoints" / "5" / "state" / "d").iterdir():
-        os.truncate(file, 1)
-    status, out, _ = run(capsys, TINY, *RUN, f"--workdir={workdir}")
-    assert status == 0
-    assert "checkpoint 5 is damaged" in out
-    assert last_state(workdir) == last_state(uncut)
-    assert read_metrics(workdir) == read_metrics(uncut)
-
-
 WRONG = {
     "--config.batch_size=7": (2, "batch_size=7 does not divide over 2 devices"),
     "--config.image_size=18": (2, "patch"),
@@ -199,6 +180,7 @@ def test_what_does_not_fit_is_one_sentence_and_writes_nothing(wrong, tmp_path, c
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_dry_run_draws_one_batch_and_trains_nothing(tmp_path, capsys):
     status, out, err = run(capsys, TINY, f"--workdir={tmp_path / 'run'}", "--dry_run")
     assert status == 0, err

@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from vit_jax.errors import (
     CheckpointError,
@@ -49,3 +50,10 @@ def quiet() -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    sys.unraisablehook = _unless_stray
+
+
+def _unless_stray(unraisable: Any) -> None:
+    # The parts of a save that Orbax gave up, after one of them had failed, still report to it.
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
