@@ -50,10 +50,11 @@ def quiet() -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    # Parts of a save that Orbax gives up, after one of them has failed, complain here and there.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     sys.unraisablehook = _unless_stray
 
 
 def _unless_stray(unraisable: Any) -> None:
-    # The parts of a save that Orbax gave up, after one of them had failed, still report to it.
     if "Event loop is closed" not in str(unraisable.exc_value):
         sys.__unraisablehook__(unraisable)
