@@ -25,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
-from vit_jax import processes
+from vit_jax import mesh, processes
 from vit_jax.errors import CheckpointError
 from vit_jax.faults import NONE, Faults
 
@@ -439,15 +439,7 @@ def _shapes(tree: Tree) -> dict[str, tuple]:
         return str(np.dtype(x.dtype)), tuple(x.shape)
 
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {"/".join(_key(k) for k in path): leaf(x) for path, x in flat if hasattr(x, "shape")}
-
-
-def _key(key: Any) -> str:
-    """A path entry by its name, whether it is an attribute, a key or an index."""
-    for attribute in ("name", "key", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
+    return {mesh.name_of(path): leaf(x) for path, x in flat if hasattr(x, "shape")}
 
 
 def digest(tree: Tree) -> list[int]:

@@ -38,6 +38,7 @@ Predictions = dict[str, Array]  # arrays whose first axis is the batch
 Transform = Callable[[Example, np.random.Generator], Example]
 
 HOST_KEYS = frozenset({"index"})  # batch entries that never travel to the device
+ROW_AXES = ("data", "fsdp")  # axes of the mesh that split a batch
 
 
 @flax.struct.dataclass

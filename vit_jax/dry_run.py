@@ -31,7 +31,7 @@ def dry_run(config: dict[str, Any], workdir: str | Path) -> Path:
         describe(run, report.say)
         names = jax.tree_util.tree_flatten_with_path(run.abstract_state.params)[0]
         for path, leaf in names:
-            report.say(f"  {jax.tree_util.keystr(path, simple=True, separator='/')} {leaf.shape}")
+            report.say(f"  {mesh.name_of(path)} {leaf.shape}")
         with closing(run.batches(0)) as batches:
             batch = next(batches)
         workdir.mkdir(parents=True, exist_ok=True)

@@ -108,12 +108,17 @@ class FirstCalls:
 
     def __call__(self, variables: Any, batch: dict[str, Any]) -> Any:
         """What the function returns; CutError if a signal came while it was compiled."""
-        shapes = tuple(sorted((name, tuple(array.shape)) for name, array in batch.items()))
+        shapes = shapes_of(batch)
         if shapes in self._compiled:
             return self._function(variables, batch)
         returned = unless(self._stopped, self._function, variables, batch)
         self._compiled.add(shapes)
         return returned
+
+
+def shapes_of(batch: dict[str, Any]) -> tuple:
+    """What a program is compiled for anew: the shape of each entry of a batch."""
+    return tuple(sorted((name, tuple(array.shape)) for name, array in batch.items()))
 
 
 def leave(status: int) -> NoReturn:

@@ -11,11 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vit_jax.contracts import HOST_KEYS, Batch
+from vit_jax.contracts import HOST_KEYS, ROW_AXES, Batch
 from vit_jax.errors import ConfigError, OutOfMemoryError, nearest
 
 AXES = ("data", "fsdp", "tensor")  # outermost first: the last one's devices are neighbours
-ROWS = ("data", "fsdp")  # the axes that split a batch
 SMALLEST = 2**12  # an array of fewer numbers lies whole on every device: it is not worth a message
 # The wide blocks, after Shoeybi et al. 2019, "Megatron-LM" (arXiv:1909.08053), section 3: the first
 # product of a pair is split by what it makes (heads, hidden units), the second by what it reads.
@@ -103,7 +102,7 @@ def host_part(mesh: Mesh) -> tuple[int, int]:
 
 def batch_unit(mesh: Mesh, accumulate: int = 1) -> int:
     """What a batch size must be a multiple of."""
-    return math.prod(mesh.shape[name] for name in ROWS) * accumulate
+    return math.prod(mesh.shape[name] for name in ROW_AXES) * accumulate
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
@@ -128,7 +127,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def split_rows(mesh: Mesh) -> NamedSharding:
     """Every device holds its rows of a batch."""
-    return NamedSharding(mesh, PartitionSpec(ROWS))
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
 def lay_out(tree: Any, params: Any, mesh: Mesh, rules: Rules = ()) -> Any:
@@ -229,22 +228,24 @@ def device_part(batch: Batch) -> Batch:
 
 def put_batch(batch: Batch, mesh: Mesh, *, whole: bool = False) -> dict[str, jax.Array]:
     """Rows of this host, or the `whole` batch that every host has, -> global arrays."""
+    return _placed(device_part(batch), mesh, whole=whole)
+
+
+def _placed(batch: Batch, mesh: Mesh, *, whole: bool = False) -> dict[str, jax.Array]:
     sharding = split_rows(mesh)
 
     def put(value: np.ndarray) -> jax.Array:
         shape = value.shape if whole else None
         return jax.make_array_from_process_local_data(sharding, value, shape)
 
-    return {key: put(np.asarray(value)) for key, value in device_part(batch).items()}
+    return {key: put(np.asarray(value)) for key, value in batch.items()}
 
 
 def gather(rows: Batch, mesh: Mesh) -> Batch:
     """Rows of this host -> those of all hosts, on each of them; numbers of at most 32 bits."""
     if jax.process_count() == 1:
         return rows
-    sharding = split_rows(mesh)
-    placed = {k: jax.make_array_from_process_local_data(sharding, v) for k, v in rows.items()}
-    return jax.device_get(_copy_to_all(mesh)(placed))
+    return jax.device_get(_copy_to_all(mesh)(_placed(rows, mesh)))
 
 
 @lru_cache(maxsize=2)

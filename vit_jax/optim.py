@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from vit_jax.errors import ConfigError, nearest
+from vit_jax.mesh import name_of
 
 Tree = Any
 
@@ -249,7 +250,7 @@ def _muon(spec: Mapping[str, Any]) -> optax.GradientTransformation:
     """Muon for matrices in blocks, Adam for all else; before weight decay and learning rate."""
 
     def is_matrix(path: Any, x: Any) -> bool:
-        place = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        place = name_of(path).split("/")
         scanned = "blocks" in place
         inside = scanned or any(re.fullmatch(r"(block|encoder|decoder)_\d+", p) for p in place)
         return inside and place[-1] == "kernel" and x.ndim == 2 + scanned
@@ -275,7 +276,7 @@ def _muon(spec: Mapping[str, Any]) -> optax.GradientTransformation:
 def names(tree: Tree) -> list[str]:
     """The path of each leaf, joined by "/", in the order of `jax.tree.leaves`."""
     paths = jax.tree_util.tree_leaves_with_path(tree)
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    return [name_of(path) for path, _ in paths]
 
 
 def trainable(params: Tree, freeze: str) -> Tree:

@@ -26,7 +26,7 @@ from vit_jax.evaluate import (
     reader,
     rows_of,
 )
-from vit_jax.interrupt import CutError, FirstCalls, unless
+from vit_jax.interrupt import CutError, FirstCalls, shapes_of, unless
 from vit_jax.lock import only_run
 from vit_jax.report import Report, read_metrics, sentence
 from vit_jax.run import Run, check_owner, claim, set_up
@@ -114,7 +114,7 @@ class _TrainStep:
     def __call__(
         self, state: step.TrainState, batch: Batch, *, key: jax.Array
     ) -> tuple[step.TrainState, Sums]:
-        shapes = _shapes(batch)
+        shapes = shapes_of(batch)
         if shapes not in self._compiled:
             with self._report.paused():
                 self._compile(batch)
@@ -126,13 +126,9 @@ class _TrainStep:
         size = "x".join(map(str, batch["image"].shape[1:3])) if self._compiled else ""
         self._report.say(f"compiling the training step {f'for {size} pixels ' * bool(size)}...")
         compiled = unless(self._stopped, self._run.compile_train_step, batch)
-        self._compiled[_shapes(batch)] = compiled
+        self._compiled[shapes_of(batch)] = compiled
         self._watchdog.alive()
         self._report.say(f"compiled in {time.monotonic() - began:.0f} s")
-
-
-def _shapes(batch: Batch) -> tuple:
-    return tuple(sorted((name, tuple(array.shape)) for name, array in batch.items()))
 
 
 class _Loop:

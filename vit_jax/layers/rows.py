@@ -3,9 +3,7 @@
 import jax
 from jax.sharding import PartitionSpec
 
-from vit_jax.contracts import Array
-
-ROWS = ("data", "fsdp")  # the axes that split a batch, as `vit_jax.mesh` names them
+from vit_jax.contracts import ROW_AXES, Array
 
 
 def keep_rows(x: Array) -> Array:
@@ -19,5 +17,5 @@ def keep_rows(x: Array) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
         return x
-    spec = PartitionSpec(ROWS, *[None] * (x.ndim - 1))
+    spec = PartitionSpec(ROW_AXES, *[None] * (x.ndim - 1))
     return jax.lax.with_sharding_constraint(x, spec)
