@@ -221,24 +221,20 @@ class _Loop:
             try:
                 with report.waiting():
                     batch = next(batches)
-            except CutError:
+                self.broken.check(now, batch, self._what_is_broken)
+                with memory_errors(run):
+                    if self.faults:
+                        batch = self.faults.step(now, batch)
+                    if not processes.alone():
+                        asked = np.full(len(batch["valid"]), bool(self.stopped))
+                        batch = batch | {"stop": asked}
+                    state, new = train_step(state, mesh.put_batch(batch, run.mesh), key=key)
+            except CutError:  # while it waited for a batch, or compiled for one of another shape
                 self.compiling = True
                 self._drain(pending, row)
                 raise self._stop(now - 1, state, row) from None
-            self.broken.check(now, batch, self._what_is_broken)
+            pending.append((now, new, batch["index"]))
             with memory_errors(run):
-                if self.faults:
-                    batch = self.faults.step(now, batch)
-                if not processes.alone():
-                    asked = np.full(len(batch["valid"]), bool(self.stopped))
-                    batch = batch | {"stop": asked}
-                try:
-                    state, new = train_step(state, mesh.put_batch(batch, run.mesh), key=key)
-                except CutError:  # a batch of another shape was to be compiled for
-                    self.compiling = True
-                    self._drain(pending, row)
-                    raise self._stop(now - 1, state, row) from None
-                pending.append((now, new, batch["index"]))
                 while len(pending) > (IN_FLIGHT if now < total else 0):
                     row.add(self._fetch(*pending.popleft()))
             if now % self.log_every == 0 or now == total:
