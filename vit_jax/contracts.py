@@ -11,13 +11,14 @@ A batch is a flat dictionary of arrays. The names below are the only place a for
     boxes         [B, M, 4] float32 (cx, cy, w, h) as fractions of the unpadded image
     box_label     [B, M] int32, -1 is padding
     segmentation  [B, H, W] int32, 255 is ignored
-    tokens        [B, T] int32, 0 is padding
+    tokens        [B, T] int32: start, words, end, padding; 1, ..., 2, 0 in vocabularies of our own
     patch_mask    [B, h, w] bool, True is hidden
     masks         [B, M, H, W] bool, the pixels of each object that can be seen
     stop          [B] bool, True on the rows of a process that was asked to stop; of several only
 
 An example's `boxes` are [m, 4] float32 (x0, y0, x1, y1) in pixels; it may have `crowd` [m] bool and
-`area` [m], in pixels, besides.
+`area` [m], in pixels, besides. Its `captions` are a tuple of str, of which `data.text.Tokenize`
+makes `tokens`.
 
 A model's `__call__(self, image, *, train)` names the batch entries it reads, and sees no others.
 """

@@ -44,7 +44,7 @@ def describe(ref: str) -> dict[str, Any]:
     variables = opened.abstract(module)
     match = opened.match(module)
     size = opened.preprocessing.typical
-    batch = {"image": jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)}
+    batch = opened.batch | {"image": jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)}
     fields = backbone_fields(getattr(module, "backbone", module))
     fields.pop("dtype", None)
     target = fields.pop("target")

@@ -194,7 +194,7 @@ def set_up(
     _fit_head(config, splits[0])
     model, task = build(config["model"]), build(config["task"])
     mix = config["train"]["mix"]
-    mix = build(mix, num_classes=config["model"]["num_classes"]) if mix else None
+    mix = build(mix, num_classes=config["model"].get("num_classes", 0)) if mix else None
     transforms = [build(config[part]["transforms"]) for part in ("train", "eval")]
 
     durations = {"examples_per_epoch": len(splits[0]), "batch_size": config["batch_size"]}
@@ -273,7 +273,9 @@ def _durations(config: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def _fit_head(config: dict[str, Any], data: Dataset) -> None:
     """Sizes a head of 0 classes by the data; refuses one that is too small."""
-    classes, head = len(data.class_names), config["model"]["num_classes"]
+    classes, head = len(data.class_names), config["model"].get("num_classes")
+    if head is None:  # a model that tells no classes
+        return
     if head == 0:
         config["model"]["num_classes"] = classes
     elif head < classes:

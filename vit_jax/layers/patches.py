@@ -43,15 +43,25 @@ class PatchEmbed(nn.Module):
       width: D.
       patch: side of a patch, in pixels.
       dtype: of the computation; parameters stay float32.
+      bias: whether the map has one; CLIP's has none.
     """
 
     width: int
     patch: int
     dtype: jnp.dtype = jnp.float32
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> jax.Array:
         """[B, H, W, C] -> [B, H / patch, W / patch, D]; ValueError if the patch does not divide."""
         grid_size(*x.shape[1:3], self.patch)
         side = (self.patch, self.patch)
-        return nn.Conv(self.width, side, side, padding="VALID", dtype=self.dtype, name="proj")(x)
+        return nn.Conv(
+            self.width,
+            side,
+            side,
+            padding="VALID",
+            use_bias=self.bias,
+            dtype=self.dtype,
+            name="proj",
+        )(x)

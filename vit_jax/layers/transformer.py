@@ -126,6 +126,7 @@ class EncoderBlock(nn.Module):
       qkv_bias: whether query, key and value have a bias.
       key_bias: whether the key has one where they do.
       layer_scale: None, or what the gains on both branches start at: `LayerScale`.
+      causal: whether a token sees itself and those before it only, as in a language model.
       dropout: rate after the attention and the MLP's layers.
       attention_dropout: rate on the attention weights.
       dtype: of the computation; parameters stay float32.
@@ -139,6 +140,7 @@ class EncoderBlock(nn.Module):
     qkv_bias: bool = True
     key_bias: bool = True
     layer_scale: float | None = None
+    causal: bool = False
     dropout: float = 0.0
     attention_dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
@@ -167,6 +169,7 @@ class EncoderBlock(nn.Module):
             name = self.feed_forward
             raise ValueError(f"feed_forward={name!r} does not exist.{nearest(name, FEED_FORWARDS)}")
         norm = partial(nn.LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
+        mask = np.tri(x.shape[-2], dtype=bool) if self.causal else None  # [N, N]
         y = Attention(
             self.heads,
             qkv_bias=self.qkv_bias,
@@ -174,7 +177,7 @@ class EncoderBlock(nn.Module):
             dropout=self.attention_dropout,
             dtype=self.dtype,
             name="attention",
-        )(norm(name="norm1")(x), bias=bias, train=train)
+        )(norm(name="norm1")(x), bias=bias, mask=mask, train=train)
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
         if self.layer_scale is not None:
             y = LayerScale(self.layer_scale, name="layer_scale1")(y)

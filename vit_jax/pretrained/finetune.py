@@ -109,7 +109,10 @@ def _model(opened: Opened, fields: dict[str, Any]) -> dict[str, Any]:
     native = opened.module()
     if not hasattr(native, "backbone"):
         raise ConfigError(f"{opened.ref} is a backbone alone: it has no model to start from")
-    spec = backbone_fields(native) | {"num_classes": 0} | fields
+    spec = backbone_fields(native)
+    if "num_classes" in spec:
+        spec["num_classes"] = 0  # as many as the data has
+    spec |= fields
     if "dtype" not in fields:
         del spec["dtype"]
     return spec | {"backbone": _backbone(opened, dict(fields.get("backbone", {})))}

@@ -1,6 +1,7 @@
 """A checkpoint that was found and understood; its arrays are still in their file."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from vit_jax import step
 from vit_jax.build import build
 from vit_jax.errors import CheckpointError, ConfigError
 from vit_jax.pretrained import names
@@ -48,24 +50,26 @@ class Opened:
         """
         of_dtype = {} if dtype is None else {"dtype": jnp.dtype(dtype)}
         backbone = self.recipe.backbone | fields | of_dtype
-        if not self.recipe.num_classes:
+        classes = self.recipe.num_classes
+        if classes == 0:
             return build(backbone)
-        head = self.recipe.classifier | {"num_classes": self.recipe.num_classes}
-        return build(head | {"backbone": backbone} | of_dtype)
+        of_head = {} if classes is None else {"num_classes": classes}
+        return build(self.recipe.classifier | of_head | {"backbone": backbone} | of_dtype)
+
+    @property
+    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of a batch of one picture, with what the model reads besides."""
+        size = self.preprocessing.size or (SIZE, SIZE)
+        inputs = {"image": ((*size, 3), jnp.float32)} | self.recipe.inputs
+        return {k: jax.ShapeDtypeStruct((1, *shape), d) for k, (shape, d) in inputs.items()}
 
     def abstract(self, module: nn.Module) -> dict[str, Any]:
         """Shapes of the module's variables, in no time."""
-        size = self.preprocessing.size or (SIZE, SIZE)
-        image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
-
-        def init(image: jax.Array) -> Any:
-            return module.init(jax.random.key(0), image, train=False)
-
+        init = partial(step.init_variables, model=module)
         try:
-            variables = dict(jax.eval_shape(init, image))
+            variables = dict(jax.eval_shape(init, jax.random.key(0), self.batch))
         except ValueError as error:  # what a module says of a size that it cannot work with
             raise ConfigError(str(error)) from error
-        variables.pop("intermediates", None)
         return variables
 
     def match(self, module: nn.Module) -> names.Match:

@@ -59,7 +59,7 @@ def _recipe(model: dict[str, Any], config: dict[str, Any]) -> Recipe:
         module = build(model)
         model = backbone_fields(module) | {"backbone": backbone_fields(module.backbone)}
     backbone = dict(model.pop("backbone"))
-    classes = model.pop("num_classes")
+    classes = model.pop("num_classes", None)
     for spec in (model, backbone):
         spec.pop("dtype", None)  # of the run's computation; a loaded model has its own
     try:

@@ -14,18 +14,21 @@ class Recipe:
       origin: who named the arrays: "transformers", "timm", "Microsoft", "Google", ...
       backbone: a spec for `vit_jax.build.build`: a class with its fields.
       table: the names; `Ours` in a run folder.
-      num_classes: K of the head, 0 where there is none.
+      num_classes: K of the head, 0 where there is none and the backbone stands alone; None of a
+        whole model that tells no classes, such as one of pictures and texts.
       classifier: the module around the backbone, and further fields of it.
       preprocessing: specs of `vit_jax.data.transforms`, what that publisher's models expect where
         the file does not say.
       task: what the outputs are for: a spec of `vit_jax.tasks`.
+      inputs: what the model reads besides `image`, as the batch has it: the shape of one row and
+        the dtype, {"tokens": ((77,), "int32")}.
       remarks: what was assumed, for a person.
     """
 
     origin: str
     backbone: dict[str, Any]
     table: Table | Ours
-    num_classes: int
+    num_classes: int | None
     classifier: dict[str, Any] = field(
         default_factory=lambda: {"target": "models.classifier.Classifier"}
     )
@@ -33,4 +36,5 @@ class Recipe:
     task: dict[str, Any] = field(
         default_factory=lambda: {"target": "tasks.classification.Classification"}
     )
+    inputs: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
