@@ -19,7 +19,7 @@ SHELL = (
 CORE = frozenset(
     {
         *("step", "build", "mesh", "optim", "checkpoint", "report", "cost", "pictures", "faults"),
-        *("interrupt", "keys", "targets", "watchdog", "lock", "broken", "processes"),
+        *("interrupt", "keys", "targets", "watchdog", "lock", "broken", "processes", "standin"),
         "data.pipeline",
     }
 )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vit_jax import hlo, main, plan
+from vit_jax import hlo, main, plan, standin
 from vit_jax.chips import CHIPS
 from vit_jax.errors import ConfigError
 from vit_jax.mesh import make_mesh
@@ -329,18 +329,18 @@ def test_a_compiler_that_refuses_says_how_much_was_wanted(message, size):
 
 def test_no_dataset_is_opened_for_a_known_one():
     config = main.parse(["--config=configs/vit.py:imagenet"])[0]
-    (train, held_out), remark = plan.splits_of(config)
+    (train, held_out), remark = standin.splits_of(config)
     assert (len(train), len(held_out), len(train.class_names)) == (1_281_167, 50_000, 1000)
     assert "blank pictures stand in for imagenet2012" in remark
-    (train, held_out), _ = plan.splits_of(config, examples=500, classes=7)
+    (train, held_out), _ = standin.splits_of(config, examples=500, classes=7)
     assert (len(train), len(train.class_names)) == (500, 7)
-    assert plan.splits_of(config_of()) == (None, "")
+    assert standin.splits_of(config_of()) == (None, "")
 
 
 @pytest.mark.parametrize("recipe", ["setr.py:ade20k", "detr.py:bccd"])
 def test_a_stand_in_has_what_the_task_learns_from(recipe):
     config = main.parse([f"--config=configs/{recipe}"])[0]
-    (train, _), _ = plan.splits_of(config)
+    (train, _), _ = standin.splits_of(config)
     wanted = "segmentation" if "setr" in recipe else "boxes"
     assert wanted in train[0]
 

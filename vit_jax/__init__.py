@@ -27,7 +27,7 @@ def create(name: str, num_classes: int = 1000, **backbone: Any):
     Args:
       name: one of `list_models()`.
       num_classes: K of a linear head on the pooled features, or of a detector or segmenter; 0
-        gives a backbone alone.
+        gives a backbone alone. A model that tells no classes takes no notice of it.
       **backbone: fields of the backbone's class, such as `drop_path`, `dtype` or `image_size`.
 
     Returns:
@@ -48,8 +48,8 @@ def create(name: str, num_classes: int = 1000, **backbone: Any):
     spec = {"target": f"{module}.{name}", **backbone}
     if num_classes == 0:
         return build(spec)
-    if "backbone" in sizes[name].func.__dataclass_fields__:  # a whole model, with heads of its own
-        return build(spec, num_classes=num_classes)
+    if "backbone" in (fields := sizes[name].func.__dataclass_fields__):  # a whole model
+        return build(spec, **{"num_classes": num_classes} if "num_classes" in fields else {})
     dtype = {"dtype": backbone["dtype"]} if "dtype" in backbone else {}
     return build(
         {

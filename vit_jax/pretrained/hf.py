@@ -5,11 +5,12 @@ kind, with `architecture` in it; `state.py` opens what they hold.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import linen as nn
 
 from vit_jax.errors import ConfigError, nearest
 from vit_jax.pretrained import arrays, names, preprocess, state
@@ -146,7 +147,7 @@ def save(loaded: Any, folder: Path) -> Recipe:
     """
     from safetensors.numpy import save_file
 
-    config, recipe = published(loaded)
+    config, recipe = published(loaded.module, loaded.labels)
     tensors = {
         name: np.ascontiguousarray(array)
         for name, array in names.write(recipe.table, loaded.variables)
@@ -160,9 +161,13 @@ def save(loaded: Any, folder: Path) -> Recipe:
     return recipe
 
 
-def published(loaded: Any) -> tuple[dict[str, Any], Recipe]:
-    """(config.json, names) of a loaded model in transformers; ConfigError if it has no such."""
-    module = loaded.module
+def published(module: nn.Module, labels: Sequence[str] = ()) -> tuple[dict[str, Any], Recipe]:
+    """(config.json, names) of a model in transformers; ConfigError if it has no such.
+
+    Args:
+      module: a backbone, or a whole model.
+      labels: a name for each class; () is without names.
+    """
     spec = backbone_fields(module)
     backbone = backbone_fields(getattr(module, "backbone", module))
     # A classifier is written by the family of its backbone, other whole models by their own.
@@ -177,9 +182,9 @@ def published(loaded: Any) -> tuple[dict[str, Any], Recipe]:
             continue
         try:
             config = family.to_hf(spec, classes)
-            if loaded.labels:
-                config["id2label"] = {str(i): label for i, label in enumerate(loaded.labels)}
-                config["label2id"] = {label: i for i, label in enumerate(loaded.labels)}
+            if labels:
+                config["id2label"] = {str(i): label for i, label in enumerate(labels)}
+                config["label2id"] = {label: i for i, label in enumerate(labels)}
             recipe = family.from_hf(config, {})
         except ConfigError as error:
             reasons.append(str(error))
