@@ -73,6 +73,7 @@ def base() -> ConfigDict:
             "freeze": "",  # pattern of parameter names that stay as they are
             "layer_decay": 1.0,  # each earlier layer learns this much slower
             "lr_scale": (),  # ((pattern, factor), ...)
+            "clamp": (),  # ((pattern, least, most), ...): ranges that parameters do not leave
         }
     )
     config.checkpoint = ConfigDict({"keep_last": 2, "keep_best": 1})
@@ -81,6 +82,11 @@ def base() -> ConfigDict:
             "name": "digits",  # a file of vit_jax/data, or the name of a TFDS dataset
             "data_dir": "",
             "options": ConfigDict(),  # what that dataset's `open` takes besides
+            # Of captions: where the tokenizer comes from, hf:OWNER/NAME, a tokenizer.json, a folder
+            # or a run; "" trains one of `vocabulary` entries on the captions themselves.
+            "tokenizer": "",
+            "vocabulary": 8000,
+            "length": 32,  # tokens of a caption, with its start and end
             "max_pixels": 178_956_970,  # larger pictures are refused before they are decoded
             "on_broken": "skip",  # or stop
             "max_broken": 0.05,  # share of the examples, past which the run stops all the same
@@ -129,9 +135,22 @@ def step(name: str, **arguments) -> ConfigDict:
     return ConfigDict({"target": f"data.transforms.{name}", **arguments})
 
 
+def tokenize(config: ConfigDict, choose: str = "random") -> ConfigDict:
+    """The step that makes `tokens` of captions, as `config.data` says; "first" in evaluation."""
+    references = {name: config.data.get_ref(name) for name in ("tokenizer", "length")}
+    return ConfigDict({"target": "data.text.Tokenize", "choose": choose, **references})
+
+
+def share(config: ConfigDict) -> None:
+    """Adds the share of the training examples that is learned from, as many of each class: all."""
+    with config.unlocked():
+        config.data.options.share = 1.0
+
+
 def digits(config: ConfigDict, image_size: int) -> None:
     """scikit-learn's 1,797 handwritten digits of 8x8, enlarged; 20 % held out."""
     config.data.name = "digits"
+    share(config)
     config.image_size = image_size
     size = config.get_ref("image_size")
     config.train.transforms = (
@@ -151,6 +170,7 @@ def digits(config: ConfigDict, image_size: int) -> None:
 def folder(config: ConfigDict, image_size: int) -> None:
     """Pictures of one's own in `data.data_dir`, one sub-folder a class."""
     config.data.name = "folder"
+    share(config)
     config.image_size = image_size
     size = config.get_ref("image_size")
     config.train.transforms = (
@@ -195,6 +215,7 @@ def finetune(config: ConfigDict) -> None:
 def cifar10(config: ConfigDict) -> None:
     """CIFAR-10 (Krizhevsky 2009) through TFDS: 50,000 + 10,000 pictures of 32x32."""
     config.data.name = "cifar10"
+    share(config)
     config.image_size = 32
     config.train.transforms = (
         step("RandomCrop", size=32, padding=4),

@@ -13,13 +13,16 @@ ROOT = Path(__file__).parent.parent
 # The shell, from the outside in: each may import those after it, and all of the core. A command
 # that nobody imports joins at the front.
 SHELL = (
-    *("vit_jax", "export", "predict", "stream", "describe", "plan"),
-    *("main", "dry_run", "train", "evaluate", "run", "pretrained", "command"),
+    *("benchmark", "workload", "vit_jax", "export", "predict", "search", "zero_shot", "stream", "describe"),
+    "plan",
+    *("tokenizer", "main", "dry_run", "train", "evaluate", "run", "vocabulary", "pretrained"),
+    "command",
 )
 CORE = frozenset(
     {
         *("step", "build", "mesh", "optim", "checkpoint", "report", "cost", "pictures", "faults"),
         *("interrupt", "keys", "targets", "watchdog", "lock", "broken", "processes", "standin"),
+        *("programs", "worker"),
         "data.pipeline",
     }
 )
@@ -35,11 +38,14 @@ LAW = {  # what each part may import of the package, besides itself and `errors`
     "data.pipeline": {"data", "contracts"},
     **{p: {*SHELL[i + 1 :], *CORE, "contracts"} for i, p in enumerate(SHELL)},
     "plan": {*SHELL[SHELL.index("plan") + 1 :], *CORE, "contracts", "chips", "hlo"},
-    **{p: {*SHELL[3:], *CORE, "contracts", "data", "found"} for p in ("predict", "stream")},
+    **{p: {*SHELL[5:], *CORE, "contracts", "data", "found"} for p in ("predict", "search", "stream")},
+    "tokenizer": {"main", "vocabulary", "command", *CORE, "contracts", "data"},
+    "vocabulary": {"pretrained", *CORE, "contracts", "data"},
     "found": {"tasks", "boxes", "contracts", "data"},
     "pretrained": {*CORE, "contracts", "layers", "data", "pretrained.arrays"},
     "pretrained.arrays": set(),  # the one that may ask for PyTorch, to read its pickles
     "command": set(),
+    "peer": set(),  # the other side of a benchmark, in a Python of its own
     "chips": set(),
     "hlo": set(),
 }
@@ -54,6 +60,7 @@ ONLY = {  # the other packages that a part may import; the rest may import what 
 NEVER = {  # packages that a part must do without
     **dict.fromkeys(LAW, frozenset({"tensorflow", "torch", "clu", "configs"})),
     "pretrained.arrays": {"tensorflow", "jax", "flax", "clu", "configs"},
+    "peer": {"tensorflow", "jax", "flax", "clu", "configs"},  # PyTorch is what it is for
     "tasks": {"tensorflow", "torch", "clu", "configs", "flax"},
     "data": {"tensorflow", "torch", "clu", "configs", "flax", "jax", "optax", "orbax"},
 }

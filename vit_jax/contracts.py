@@ -62,7 +62,9 @@ class Dataset(Protocol):
     An example holds `image` (uint8 [H, W, 3], or the bytes of a picture file, decoded later) and
     what the task wants, such as `label`. Reading a broken example raises `DataError`. A dataset of
     pictures of several sizes may tell that of one without decoding it, `size(index)` -> (H, W), and
-    one of boxes its picture with most of them, `fullest()` -> (index, count).
+    one of boxes its picture with most of them, `fullest()` -> (index, count); one of captions those
+    of an example without its picture, `captions(index)`, and how many examples tell as much as all,
+    `enough_captions`; any the `order(rng)` in which an epoch reads it, a permutation.
 
     Attributes:
       class_names: one name for each label.

@@ -26,7 +26,8 @@ def dry_run(config: dict[str, Any], workdir: str | Path) -> Path:
     Returns:
       The picture's path.
     """
-    run, workdir = set_up(config), Path(workdir)
+    workdir = Path(workdir)
+    run = set_up(config, workdir=workdir)
     with Report(None, run.total_steps, run.steps_per_epoch, config["batch_size"]) as report:
         describe(run, report.say)
         names = jax.tree_util.tree_flatten_with_path(run.abstract_state.params)[0]

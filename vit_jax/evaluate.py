@@ -30,7 +30,8 @@ def evaluate(config: dict[str, Any], workdir: str | Path) -> dict[str, dict[str,
       ConfigError, DataError: as for training.
       CheckpointError: if the folder is of another config, or holds no checkpoint.
     """
-    run, workdir = set_up(config), Path(workdir)
+    workdir = Path(workdir)
+    run = set_up(config, workdir=workdir)
     if not check_owner(workdir, config):
         raise CheckpointError(f"{workdir} is no run folder: there is nothing to evaluate")
     if not (workdir / "checkpoints").is_dir():

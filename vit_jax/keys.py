@@ -120,7 +120,7 @@ class Free:
 
 NATURAL, COUNT = Key(int, least=1), Key(int, least=0)
 SHARE, POSITIVE = Key(float, least=0, most=1), Key(float, least=0)
-TEXT = Key(str)
+TEXT, NUMBER = Key(str), Key(float)
 
 KEYS: dict[str, Any] = {
     "seed": Key(int, least=0, most=2**32 - 1),
@@ -167,12 +167,16 @@ KEYS: dict[str, Any] = {
         "freeze": TEXT,
         "layer_decay": Key(float, above=0, most=1),
         "lr_scale": Tuple((TEXT, POSITIVE), '(("head", 10.0),)'),
+        "clamp": Tuple((TEXT, NUMBER, NUMBER), '(("logit_scale", 0.0, 4.6052),)'),
     },
     "checkpoint": {"keep_last": COUNT, "keep_best": COUNT},
     "data": {
         "name": TEXT,
         "data_dir": TEXT,
         "options": Free(target=False),
+        "tokenizer": TEXT,
+        "vocabulary": NATURAL,
+        "length": NATURAL,
         "max_pixels": NATURAL,
         "max_broken": SHARE,
         "on_broken": Key(str, choices=("skip", "stop")),

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vit_jax import command, faults, interrupt, keys, targets
+from vit_jax import command, faults, interrupt, keys, programs, targets
 from vit_jax.build import flatten
 from vit_jax.errors import ConfigError, nearest
 
@@ -67,8 +67,8 @@ def parse(argv: list[str]) -> tuple[dict[str, Any], Path, str, bool]:
             raise ConfigError(f"config.{key}: a {type(wanted).__name__} was wanted, got None")
     keys.check(config)
     targets.check(config)
-    folders = {"--workdir": values.workdir, "data.data_dir": config["data"]["data_dir"]}
-    for name, path in folders.items():
+    folders = {f"data.{key}": config["data"][key] for key in ("data_dir", "tokenizer")}
+    for name, path in ({"--workdir": values.workdir} | folders).items():
         if "://" in path:  # which a file system would take for folders of such names
             raise ConfigError(
                 f"{name}={path} is an address, and a folder was wanted: mount the bucket, as "
@@ -191,6 +191,7 @@ def _resolve(argv: list[str]) -> tuple[list[str], str]:
 def _start(argv: list[str]) -> int:
     """Calls what the command line asks for; heavy imports wait until it is known to be right."""
     command.quiet()
+    programs.keep()
     (config, workdir, mode, dry), others = parse(argv), meeting(argv)
     faults.read()  # a misspelt one is as wrong as a misspelt flag
     from vit_jax import processes

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from vit_jax import mesh, optim, processes, step
+from vit_jax import mesh, optim, processes, step, vocabulary
 from vit_jax.build import build, flatten
 from vit_jax.contracts import Batch, Dataset, Sums, Task, Transform
 from vit_jax.data import pipeline
@@ -38,7 +38,7 @@ FREE_KEYS = (
 )
 UNFINISHED = "config.json.tmp"
 # What a dry run draws, and what a run that was killed at once leaves.
-BEFORE_CLAIM = ("batch.png", LABELS, UNFINISHED)
+BEFORE_CLAIM = ("batch.png", LABELS, vocabulary.FILE, f"{vocabulary.FILE}.tmp", UNFINISHED)
 
 # XLA spends ten times longer on making random numbers fast on a CPU than on making them.
 RUNS_ONCE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -65,6 +65,7 @@ class Run:
     abstract_batch: dict[str, jax.ShapeDtypeStruct]
     remarks: tuple[str, ...]  # what the data and the checkpoint had to tell
     warm_start: finetune.WarmStart | None  # what the first state takes from `config.init`
+    tokenizer: vocabulary.Tokenizer | None  # of what reads captions
 
     @property
     def steps_per_epoch(self) -> float:
@@ -165,6 +166,7 @@ def _reading(config: Mapping[str, Any]) -> dict[str, Any]:
 def set_up(
     config: dict[str, Any],
     *,
+    workdir: Path | None = None,
     devices: Sequence[jax.Device] | None = None,
     splits: Sequence[Dataset] | None = None,
 ) -> Run:
@@ -174,13 +176,15 @@ def set_up(
 
     Args:
       config: as `main.parse` gives it.
+      workdir: the run folder, whose tokenizer is taken if it has one.
       devices: to lay the run out on, which may be a description of a pod; None is all there are.
       splits: what to learn from and what is held out; None opens what the config names.
 
     Raises:
       ConfigError: if they do not.
       DataError: if the data is missing, empty or has more classes than the head.
-      CheckpointError: if `config.init` cannot be read, or is of another model.
+      CheckpointError: if `config.init` cannot be read, or is of another model; or the run folder
+        was trained with another tokenizer.
     """
     opened = finetune.resolve(config)
     devices = mesh.make_mesh(config["mesh"], devices)
@@ -192,10 +196,18 @@ def set_up(
             for split in ("train", "validation")
         ]
     _fit_head(config, splits[0])
-    model, task = build(config["model"]), build(config["task"])
+    tokenizer, told = vocabulary.settle(config, splits[0], workdir)
+    remarks += told
+    model, task = build(config["model"]), vocabulary.given(build(config["task"]), tokenizer)
+    if config["accumulate"] > 1 and getattr(task, "whole_batch", False):
+        raise ConfigError(
+            f"accumulate={config['accumulate']}: {type(task).__name__} compares all rows of a "
+            "batch with each other, and its parts would know a part of them only: set it to 1"
+        )
     mix = config["train"]["mix"]
     mix = build(mix, num_classes=config["model"].get("num_classes", 0)) if mix else None
     transforms = [build(config[part]["transforms"]) for part in ("train", "eval")]
+    transforms = [tuple(vocabulary.given(s, tokenizer) for s in steps) for steps in transforms]
 
     durations = {"examples_per_epoch": len(splits[0]), "batch_size": config["batch_size"]}
     total = optim.duration("training", **_durations(config, ""), **durations)
@@ -245,6 +257,7 @@ def set_up(
         abstract_batch=abstract_batch,
         remarks=tuple(dict.fromkeys(remarks)),
         warm_start=warm_start,
+        tokenizer=tokenizer,
     )
 
 
@@ -303,13 +316,19 @@ def _abstract_batch(config, data, transforms, mix, devices) -> dict[str, jax.Sha
     }
 
 
-def claim(workdir: Path, config: dict[str, Any], labels: tuple[str, ...] = ()) -> None:
+def claim(
+    workdir: Path,
+    config: dict[str, Any],
+    labels: tuple[str, ...] = (),
+    tokenizer: vocabulary.Tokenizer | None = None,
+) -> None:
     """Makes the run folder, or checks that the one there belongs to this config.
 
     Args:
       workdir: the run folder.
       config: as `set_up` has completed it.
       labels: a name for each class, kept for those who use the trained model.
+      tokenizer: kept likewise.
 
     Raises:
       CheckpointError: if it belongs to another config, naming the keys that differ.
@@ -326,6 +345,8 @@ def claim(workdir: Path, config: dict[str, Any], labels: tuple[str, ...] = ()) -
         workdir.mkdir(parents=True, exist_ok=True)
         unfinished = workdir / UNFINISHED
         (workdir / LABELS).write_text(json.dumps(labels) + "\n")
+        if tokenizer is not None:
+            tokenizer.save(workdir / vocabulary.FILE)
         unfinished.write_text(json.dumps(config, indent=2) + "\n")
         os.replace(unfinished, workdir / "config.json")
     except OSError as error:

@@ -69,8 +69,10 @@ def train(config: dict[str, Any], workdir: str | Path) -> dict[str, float]:
       StoppedError: after Ctrl-C or SIGTERM, with the current step saved.
     """
     planned = faults.read()
-    run, workdir = set_up(config), Path(workdir)
-    processes.first_does(claim, workdir, config, run.train_data.class_names)
+    workdir = Path(workdir)
+    run = set_up(config, workdir=workdir)
+    labels = run.train_data.class_names
+    processes.first_does(claim, workdir, config, labels, run.tokenizer)
     with ExitStack() as held, Watchdog(config["hang_seconds"]) as watchdog:
         processes.first_does(held.enter_context, only_run(workdir))
         check_owner(workdir, config)  # two may have claimed it in the same moment
@@ -152,6 +154,7 @@ class _Loop:
         self.cut = stopped if processes.alone() else []
         self.evaluate = FirstCalls(compile_eval_step(run), self.cut)
         self.compiling = False  # whether a signal has cut a compilation short
+        self.rate = jax.jit(run.schedule)  # one program: its parts would each wait for a number
         per_epoch = max(int(run.steps_per_epoch), 1)
         self.eval_every = run.config["eval_every"] or per_epoch
         self.checkpoint_every = run.config["checkpoint_every"] or self.eval_every
@@ -324,7 +327,7 @@ class _Loop:
         if row.made:
             numbers = self.run.task.summarize(row.sums)
             numbers["grad_norm"] = row.grad_norm / row.made
-        numbers["learning_rate"] = float(self.run.schedule(now - 1))
+        numbers["learning_rate"] = float(jax.device_get(self.rate(jax.device_put(now - 1))))
         if row.skipped:
             numbers["skipped_updates"] = float(row.skipped)
         if self.broken.known:

@@ -203,7 +203,7 @@ def test_padding_keeps_fractions_of_the_unpadded_picture():
 
 
 def test_padding_leaves_out_boxes_without_area_and_what_was_not_asked_for():
-    example = {"image": np.zeros((4, 5, 3), np.float32), "sentence": "a red three"}
+    example = {"image": np.zeros((4, 5, 3), np.float32), "captions": ("a red three",)}
     example |= {"boxes": np.float32([[1, 1, 1, 3], [0, 0, 2, 2]]), "box_label": np.int32([7, 8])}
     row = Pad(((8, 8),), boxes=3)(example)
     assert row["box_label"].tolist() == [8, -1, -1]

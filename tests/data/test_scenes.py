@@ -1,5 +1,7 @@
 """Scenes: deterministic, and boxes, masks, classes and sentences that agree with each other."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,12 @@ from vit_jax.data.transforms import Standardize
 from vit_jax.errors import ConfigError
 
 SOME = range(0, 60, 3)
+GOLDEN = [
+    "a yellow five left of a small pink nine",
+    "a small yellow three left of a small white seven",
+    "a small green six right of a small orange eight",
+    "a red four right of a pink two",
+]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +99,7 @@ def test_validation_shows_only_digits_held_out():
 def test_the_sentence_is_true(drawn):
     relations = set()
     for example in drawn:
-        sentence, labels = example["sentence"], example["box_label"]
+        (sentence,), labels = example["captions"], example["box_label"]
         relation = next(
             (r for r in ("left of", "right of", "above", "below") if f" {r} " in sentence), None
         )
@@ -109,10 +117,23 @@ def test_the_sentence_is_true(drawn):
     assert len(relations) >= 3
 
 
+@pytest.mark.parametrize("kind", ["easy", "hard"])
+def test_captions_without_pictures_are_those_of_the_pictures(kind):
+    data = scenes.open("validation", kind=kind)
+    for index in (*range(12), 499):
+        assert data.captions(index) == data[index]["captions"]
+
+
+def test_a_scene_stays_what_it_was():
+    """What was learned and measured on scenes holds as long as they are the same."""
+    data = scenes.open("train")
+    assert [data.captions(index)[0] for index in range(4)] == GOLDEN
+
+
 def test_a_digit_has_the_colour_that_the_sentence_says(easy):
     alone = [e for e in (easy[i] for i in range(40)) if len(e["box_label"]) == 1]
     for example in alone:
-        colour = example["sentence"].split()[-2]
+        colour = example["captions"][0].split()[-2]
         inside = example["image"][example["masks"][0]].astype(float)
         tone = np.median(inside, 0) / np.median(inside, 0).max()  # shades differ
         distance = {n: np.abs(tone - np.divide(c, max(c))).sum() for n, c in scenes.COLOURS.items()}
@@ -147,7 +168,7 @@ def test_scenes_come_through_the_pipeline(easy):
     batches = pipeline.train_batches(easy, transforms, batch_size=4, seed=0)
     batch = next(batches)
     assert batch["boxes"].shape == (4, 4, 4)
-    assert "sentence" not in batch
+    assert "captions" not in batch
     for row, index in enumerate(batch["index"]):
         example = easy[int(index)]
         count = len(example["box_label"])
@@ -171,3 +192,30 @@ def test_scenes_come_through_the_pipeline(easy):
 def test_what_cannot_be_says_so(options, text):
     with pytest.raises(ConfigError, match=text):
         scenes.open(**({"split": "train"} | options))
+
+
+def test_scenes_may_have_so_many_digits_each():
+    for number in (1, 2, 4):
+        data = scenes.open("train", digits=number)
+        assert all(len(data[i]["box_label"]) == number for i in range(12))
+    with pytest.raises(ConfigError, match="digits=5 must be 0 to 4 in easy scenes"):
+        scenes.open("train", digits=5)
+
+
+def test_all_sentences_are_those_of_every_pair_and_the_first_is_the_one_of_before():
+    one, every = (scenes.open("validation", sentences=s) for s in ("one", "all"))
+    opposite = {"left": "right", "right": "left", "above": "below", "below": "above"}
+    for i in range(12):
+        captions, count = every.captions(i), len(one[i]["box_label"])
+        assert captions[:1] == one.captions(i)
+        assert len(captions) == max(count * (count - 1), 1)
+        if count != 2:
+            continue
+        for sentence, other in (captions, captions[::-1]):
+            place = next(word for word in sentence.split() if word in opposite)
+            first, last = re.split(f" {place}(?: of)? ", sentence)
+            preposition = {"left": "left of", "right": "right of"}
+            back = preposition.get(opposite[place], opposite[place])
+            assert other == f"{last} {back} {first}"
+    with pytest.raises(ConfigError, match="Did you mean 'all'"):
+        scenes.open("train", sentences="al")

@@ -146,7 +146,7 @@ def open(
     if tfds.prepared(root, PREPARED):
         return tfds.open(split, name=PREPARED, data_dir=data_dir)
     named = {"train": train_json, "validation": validation_json}
-    file, whole = _find(root, split, named[split])
+    file, whole = find(root, split, named[split])
     content = load(file)
     pictures = content["images"]
     if not whole:
@@ -156,15 +156,25 @@ def open(
     return _assemble(file, folder, content, pictures, masks, published_ids)
 
 
-def _find(root: Path, split: str, named: str) -> tuple[Path, bool]:
-    """The JSON for a split, and whether it is of that split alone."""
+def find(root: Path, split: str, named: str = "", kind: str = "") -> tuple[Path, bool]:
+    """The JSON for a split, and whether it is of that split alone.
+
+    Args:
+      root: the folder.
+      split: "train" or "validation".
+      named: its path below the folder, where it is known.
+      kind: what its name must start with.
+
+    Raises:
+      DataError: if there is none.
+    """
     if named:
         if not (root / named).is_file():
             raise DataError(f"{root} has no {named!r}, which data.options names")
         return root / named, True
     places = [root, root / "annotations", *(root / s for s in (*SPLITS["train"], *SPLITS[split]))]
     files = [f for place in places if place.is_dir() for f in sorted(place.glob("*.json"))]
-    files = list(dict.fromkeys(files))
+    files = [file for file in dict.fromkeys(files) if file.name.startswith(kind)]
     if not files:
         raise DataError(f"{root} has no JSON of annotations, nor has {root / 'annotations'}")
     for spelling in SPLITS[split]:
@@ -185,18 +195,18 @@ def _find(root: Path, split: str, named: str) -> tuple[Path, bool]:
     return whole[0], False
 
 
-def load(file: Path) -> dict[str, Any]:
-    """A JSON with COCO's lists; DataError if it is none."""
+def load(file: Path, lists: Sequence[str] = LISTS) -> dict[str, Any]:
+    """A JSON with COCO's lists; DataError if it is none, or has no pictures or classes."""
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
     keys = sorted(content) if isinstance(content, dict) else type(content).__name__
-    for key in LISTS:
+    for key in lists:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(f"{file} is not in COCO's form: it has no list {key!r}, only {keys}")
     for key in ("images", "categories"):
-        if not content[key]:
+        if key in lists and not content[key]:
             raise DataError(f"{file} has no {key}")
     return content
 

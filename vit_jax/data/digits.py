@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vit_jax.contracts import Dataset, Example
+from vit_jax.data.share import balanced
 from vit_jax.errors import ConfigError, nearest
 
 HELD_OUT = 0.2
@@ -38,14 +39,15 @@ class Digits:
         return f"digits {self.places[index]}"
 
 
-def open(split: str, *, data_dir: str = "") -> Dataset:
+def open(split: str, *, data_dir: str = "", share: float = 1.0) -> Dataset:
     """The split "train" (1,442 pictures) or "validation" (355).
 
     Of each class, a fifth is held out, drawn once and for all with a fixed seed; the remainder of
-    the division stays in "train". Nothing is read from `data_dir`.
+    the division stays in "train". Nothing is read from `data_dir`. Of "train", a `share` as of
+    `data.share.balanced`.
 
     Raises:
-      ConfigError: if there is no such split.
+      ConfigError: if there is no such split, or no such share.
     """
     if split not in SPLITS:
         raise ConfigError(f"digits has no split {split!r}.{nearest(split, SPLITS)}")
@@ -57,6 +59,10 @@ def open(split: str, *, data_dir: str = "") -> Dataset:
     for label in range(10):
         members = np.flatnonzero(data.target == label)
         held_out[rng.permutation(members)[: int(HELD_OUT * len(members))]] = True
-    places = np.flatnonzero(held_out if split == "validation" else ~held_out)
+    if split == "validation":
+        places = np.flatnonzero(held_out)
+    else:
+        places = np.flatnonzero(~held_out)
+        places = places[balanced(data.target[places], share)]
     grey = np.rint(data.images[places] * (255 / 16)).astype(np.uint8)  # [N, 8, 8]
     return Digits(np.repeat(grey[..., None], 3, axis=-1), data.target[places], places)

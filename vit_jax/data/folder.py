@@ -3,10 +3,13 @@
 import hashlib
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from vit_jax.contracts import Dataset, Example
+from vit_jax.data.share import balanced
 from vit_jax.errors import ConfigError, DataError, nearest
 
 SUFFIXES = frozenset(
@@ -36,7 +39,8 @@ class Folder:
 
     Attributes:
       root: the folder that holds the classes.
-      files: (path below `root`, label), in the order of the classes and then of the paths.
+      files: (path below `root`, label), in the order of the classes and then of the paths; the
+        label is -1 where there are no classes.
       class_names: the sub-folders' names, sorted.
       ignored: files that are no pictures by their suffix, as paths below `root`.
     """
@@ -51,14 +55,22 @@ class Folder:
 
     def __getitem__(self, index: int) -> Example:
         file, label = self.files[index]
-        return {"image": read_file(self.root / file), "label": label}
+        example = {"image": read_file(self.root / file)}
+        return example if label < 0 else example | {"label": label}
 
     def name(self, index: int) -> str:
         """The path below the folder of classes, such as `cats/a.jpg`."""
         return self.files[index][0]
 
 
-def open(split: str, *, data_dir: str, validation_share: float = 0.2) -> Dataset:
+def open(
+    split: str,
+    *,
+    data_dir: str,
+    validation_share: float = 0.2,
+    labels: bool = True,
+    share: float = 1.0,
+) -> Dataset:
     """The split "train" or "validation" of the pictures in `data_dir`.
 
     Where `data_dir` holds `train` and one of `val`, `validation`, `valid` and `test`, they are the
@@ -66,11 +78,16 @@ def open(split: str, *, data_dir: str, validation_share: float = 0.2) -> Dataset
     which split it belongs to, so that adding pictures moves none of the others across; a class of
     two or more has at least one in each.
 
+    Without `labels` sub-folders are no classes, all pictures below `data_dir`, or below its `train`
+    and `val`, are examples, and they have no label: what needs none learns from them. Of "train", a
+    `share` as of `data.share.balanced`.
+
     Sub-folders are searched to any depth. Hidden files are passed over; those whose suffix is no
     picture's are named in the log, counted and left out.
 
     Raises:
-      ConfigError: if there is no such split, or `validation_share` is not between 0 and 1.
+      ConfigError: if there is no such split, `validation_share` is not between 0 and 1, or there is
+        no such share.
       DataError: if the folder is missing, empty or not arranged like that, if a class has no
         picture, or if `train` and `val` disagree about the classes.
     """
@@ -88,8 +105,10 @@ def open(split: str, *, data_dir: str, validation_share: float = 0.2) -> Dataset
     }
     if all(parts.values()):
         other = parts["train" if split == "validation" else "validation"]
-        _check_same_classes(parts[split], other)
-        return _report(_scan(parts[split]), split)
+        if labels:
+            _check_same_classes(parts[split], other)
+        whole = _report(_scan(parts[split], labels), split)
+        return _share_of(whole, share if split == "train" else 1.0)
     if any(parts.values()):
         there = next(part for part in parts.values() if part)
         missing = next(name for name, part in parts.items() if not part)
@@ -98,10 +117,17 @@ def open(split: str, *, data_dir: str, validation_share: float = 0.2) -> Dataset
             f"{' or '.join(map(repr, SPLITS[missing]))}. Add it, or give data_dir={there} to have "
             "that split"
         )
-    whole = _scan(root)
+    whole = _scan(root, labels)
     chosen = _hashed(whole.files, split, validation_share)
     folder = Folder(root, chosen, whole.class_names, whole.ignored)
+    folder = _share_of(folder, share if split == "train" else 1.0)
     return _report(folder, split) if split == "train" else folder  # both have the same to tell
+
+
+def _share_of(folder: Folder, share: float) -> Folder:
+    labels = np.array([label for _, label in folder.files])
+    chosen = tuple(folder.files[i] for i in balanced(labels, share))
+    return replace(folder, files=chosen)
 
 
 def _existing(data_dir: str) -> Path:
@@ -142,8 +168,15 @@ def _check_same_classes(first: Path, second: Path) -> None:
         )
 
 
-def _scan(root: Path) -> Folder:
-    """Every picture below each class's folder."""
+def _scan(root: Path, labels: bool = True) -> Folder:
+    """Every picture below each class's folder, or below the root where there are no classes."""
+    if not labels:
+        paths = [path.relative_to(root).as_posix() for path in all_files(root)]
+        pictures = [path for path in paths if Path(path).suffix.lower() in SUFFIXES]
+        if not pictures:
+            raise DataError(f"there is no picture in {root} or below it")
+        others = tuple(path for path in paths if Path(path).suffix.lower() not in SUFFIXES)
+        return Folder(root, tuple((path, -1) for path in pictures), (), others)
     classes = _folders(root)
     if not classes:
         here = [p.name for p in root.iterdir() if p.suffix.lower() in SUFFIXES]

@@ -395,7 +395,7 @@ class Pad:
 
     The pipeline gives a batch the smallest of `shapes` that holds all its rows, over all hosts.
     Pictures lie in the upper left corner; the rest is zeros, `image_mask` is False there and
-    `segmentation` 255. Entries that have no place in a batch, such as a sentence, are left out,
+    `segmentation` 255. Entries that have no place in a batch, such as captions, are left out,
     and so are crowds and boxes without area inside the picture: they are nothing to learn from.
 
     Attributes:
@@ -469,6 +469,8 @@ class Pad:
         }
         if "label" in like:
             batch["label"] = np.zeros(rows, np.int32)
+        if "tokens" in like:
+            batch["tokens"] = np.zeros((rows, *np.shape(like["tokens"])), np.int32)
         if self.boxes and "boxes" in like:
             batch["boxes"] = np.zeros((rows, self.boxes, 4), np.float32)
             batch["box_label"] = np.full((rows, self.boxes), -1, np.int32)
@@ -492,8 +494,9 @@ class Pad:
         self.check((H, W), name)
         batch["image"][row, :H, :W] = image
         batch["image_mask"][row, :H, :W] = True
-        if "label" in batch:
-            batch["label"][row] = example["label"]
+        for key in ("label", "tokens"):
+            if key in batch:
+                batch[key][row] = example[key]
         if "segmentation" in batch:
             _check_drawn(example["segmentation"], (H, W), "segmentation", name)
             batch["segmentation"][row, :H, :W] = example["segmentation"]

@@ -35,6 +35,7 @@ from vit_jax.data.geometry import (
     check_labels,
     picture_size,
 )
+from vit_jax.data.text import Tokenize
 from vit_jax.errors import ConfigError, DataError, nearest
 
 READY = 2  # batches that are made in advance
@@ -257,11 +258,12 @@ def _before_pad(transforms: Sequence[Transform]) -> tuple[Transform, ...]:
     if any(isinstance(step, Pad) for step in steps):
         raise ConfigError("Pad must be the last of the transforms")
     if pad and len(pad.shapes) > 1:
-        known = [hasattr(step, "sized") for step in steps]
+        moving = [step for step in steps if not isinstance(step, Tokenize)]
+        known = [hasattr(step, "sized") for step in moving]
         if not all(known[: sum(known)]):
             late, early = known.index(True, known.index(False)), known.index(False)
             raise ConfigError(
-                f"{type(steps[late]).__name__} must come before {type(steps[early]).__name__}: "
+                f"{type(moving[late]).__name__} must come before {type(moving[early]).__name__}: "
                 "Pad chooses among several shapes by the sizes that come out of the first steps"
             )
     return steps
@@ -295,11 +297,13 @@ def _template(
         for key, wanted in (("boxes", pad.boxes), ("masks", pad.masks)):
             if wanted and key not in example:
                 raise ConfigError(f"Pad's {key}={wanted}, and the dataset has no {key}")
-        return dict.fromkeys(example)
+        tokens = _tokens(example, transforms)
+        return dict.fromkeys(example) | tokens
     rng = _random(0, ROWS, 0)
     for transform in transforms:
         example = transform(example, rng)
-    row = {k: np.asarray(v) for k, v in example.items()} | {"valid": np.array(True)}
+    row = {k: np.asarray(v) for k, v in example.items() if not _is_text(v)}
+    row["valid"] = np.array(True)
     if "label" in row:
         row["label"] = row["label"].astype(np.int32)
     elif mix is not None:
@@ -308,6 +312,21 @@ def _template(
         pair = mix({k: np.stack([v, v]) for k, v in row.items()}, rng)
         row = {k: v[0] for k, v in pair.items()}
     return {k: (v.shape, v.dtype) for k, v in (row | {"index": np.int64(0)}).items()}
+
+
+def _tokens(example: Example, transforms: Sequence[Transform]) -> Example:
+    """The `tokens` that a step makes of the example's captions; nothing where there is none."""
+    for step in transforms:
+        if isinstance(step, Tokenize):
+            return {"tokens": step(example, _random(0, ROWS, 0))["tokens"]}
+    return {}
+
+
+def _is_text(value: Any) -> bool:
+    """Whether an example's entry is words, which have no place in a batch."""
+    return isinstance(value, str) or (
+        isinstance(value, (tuple, list)) and any(isinstance(item, str) for item in value)
+    )
 
 
 def _check(example: Example, dataset: Dataset, index: int) -> None:
@@ -448,7 +467,11 @@ class _Batches:
         # dataset is small: this is 8 bytes an example, and milliseconds an epoch.
         order = self._orders.get(epoch)
         if order is None:
-            order = _random(self.seed, ORDER, epoch).permutation(len(self.dataset))
+            rng = _random(self.seed, ORDER, epoch)
+            if hasattr(self.dataset, "order"):
+                order = self.dataset.order(rng)
+            else:
+                order = rng.permutation(len(self.dataset))
             self._orders = dict([*self._orders.items()][-READY:]) | {epoch: order}
         return order
 
@@ -502,6 +525,8 @@ class _Batches:
 
     def _put(self, batch: Batch, row: int, example: Example) -> None:
         for key, value in example.items():
+            if _is_text(value):
+                continue
             shape = np.shape(value)
             if shape != batch[key].shape[1:]:
                 name = self.dataset.name(int(batch["index"][row]))

@@ -4,6 +4,7 @@ Everything detection and segmentation need, from scikit-learn's 1,797 real pictu
 different sizes, rotations and colours lie over each other on textured grounds.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ import cv2
 import numpy as np
 
 from vit_jax.contracts import Dataset, Example
-from vit_jax.data import digits
+from vit_jax.data.digits import Digits
+from vit_jax.data.digits import open as open_digits
 from vit_jax.data.geometry import IGNORED, Pixels, boxes_of_masks
 from vit_jax.errors import ConfigError, nearest
 
@@ -36,6 +38,7 @@ GROUNDS = {  # darker and duller than any digit
 KINDS = {"easy": (96, 4, (18.0, 44.0)), "hard": (192, 12, (16.0, 64.0))}
 LENGTHS = {"train": 100_000, "validation": 500}
 STUFF_AS = ("names", "boxes", "none")
+SENTENCES = ("one", "all")
 TURN = 30.0  # degrees to each side: a six must not become a nine
 SEEN = 0.4  # of a digit's pixels at least, under those that lie over it
 SMALL, LARGE = 0.33, 0.67  # of the range of heights: what the sentence calls small and large
@@ -49,7 +52,8 @@ class Scenes:
 
     An example has `image` uint8 [H, W, 3], `boxes` [m, 4] around what is seen of each digit,
     `box_label` [m], `masks` bool [m, H, W] of the pixels seen, `segmentation` uint8 [H, W] with
-    every pixel's class, and `sentence`. No digit is covered by more than 60 %.
+    every pixel's class, and `captions`, one sentence or all that are true. No digit is covered by
+    more than 60 %.
 
     Attributes:
       split: "train" or "validation".
@@ -57,22 +61,27 @@ class Scenes:
       classes: places in `source`, for each of the ten digits.
       side: H = W.
       most: digits in a scene.
+      digits: how many there are in each; 0 is any number up to `most`.
       heights: least and greatest, in pixels.
       seed: of all chance.
       stuff_boxes: whether each ground is an object too, as panoptic segmentation has it.
       class_names: "zero" to "nine", and the grounds' names where they count as classes.
+      every_sentence: whether each pair of digits has its sentence, both ways.
     """
 
     split: str
-    source: digits.Digits
+    source: Digits
     classes: tuple[np.ndarray, ...]
     side: int
     most: int
+    digits: int
     heights: tuple[float, float]
     seed: int
     stuff_boxes: bool
     class_names: tuple[str, ...]
+    every_sentence: bool
 
+    enough_captions = 2000  # tell all words: the sentences are made of about thirty
     things = tuple(range(10))  # classes whose instances count one by one; the rest is stuff
 
     def __len__(self) -> int:
@@ -86,15 +95,27 @@ class Scenes:
         """(H, W) of a picture."""
         return self.side, self.side
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The sentences alone, in a fraction of the time: nothing is painted."""
+        return self._made(index, painted=False)["captions"]
+
     def __getitem__(self, index: int) -> Example:
+        return self._made(index, painted=True)
+
+    def _made(self, index: int, painted: bool) -> Example:
+        """A scene; one that is not `painted` has `captions` only, and takes the same chances."""
         key = [self.seed, list(LENGTHS).index(self.split)]
         rng = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, int(index)]))
-        image, segmentation = self._ground(rng)
+        image, segmentation = self._ground(rng, painted)
         masks: list[np.ndarray] = []
         whole: list[int] = []  # pixels of each digit, were nothing over it
         words: list[tuple[str, str, str]] = []
         labels: list[int] = []
-        for _ in range(int(rng.integers(1, self.most + 1))):
+        number = self.digits or int(rng.integers(1, self.most + 1))
+        # One that finds no place is left out, unless all are wanted.
+        for _ in itertools.count() if self.digits else range(number):
+            if len(masks) == number:
+                break
             label = int(rng.integers(10))
             colour = list(COLOURS)[int(rng.integers(len(COLOURS)))]
             glyph, height = self._glyph(label, rng)
@@ -104,19 +125,22 @@ class Scenes:
             (top, left), (h, w) = place, glyph.shape
             part = (slice(top, top + h), slice(left, left + w))
             shade = np.float32(COLOURS[colour]) * np.float32(rng.uniform(0.85, 1.05))
-            image[part] += glyph[..., None] * (shade - image[part])
             ink = glyph > 0.5
+            if painted:
+                image[part] += glyph[..., None] * (shade - image[part])
+                segmentation[part][ink] = label
             for other in masks:
                 other[part] &= ~ink
-            segmentation[part][ink] = label
-            masks.append(np.zeros(segmentation.shape, bool))
+            masks.append(np.zeros((self.side, self.side), bool))
             masks[-1][part] = ink
             whole.append(np.count_nonzero(ink))
             labels.append(label)
             share = (height - self.heights[0]) / (self.heights[1] - self.heights[0])
             size = "small" if share < SMALL else "large" if share > LARGE else ""
             words.append((size, colour, WORDS[label]))
-        sentence = self._sentence(words, masks, rng)
+        captions = self._sentences(words, masks, rng)
+        if not painted:
+            return {"captions": captions}
         if len(self.class_names) == len(WORDS):
             segmentation[segmentation >= len(WORDS)] = IGNORED
         if self.stuff_boxes:
@@ -130,31 +154,39 @@ class Scenes:
             "box_label": np.array(labels, np.int32),
             "masks": stacked,
             "segmentation": segmentation,
-            "sentence": sentence,
+            "captions": captions,
         }
 
-    def _ground(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def _ground(
+        self, rng: np.random.Generator, painted: bool
+    ) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
         """One kind, or two on the sides of a line: float32 [H, W, 3], and its classes [H, W]."""
         side = self.side
         kinds = rng.permutation(len(STUFF))[: int(rng.integers(1, 3))]
-        image = self._texture(int(kinds[0]), rng)
-        classes = np.full((side, side), 10 + kinds[0], np.uint8)
+        image = self._texture(int(kinds[0]), rng, painted)
+        classes = np.full((side, side), 10 + kinds[0], np.uint8) if painted else None
         if len(kinds) == 2:
             angle, offset = rng.uniform(0, 2 * math.pi), rng.uniform(-0.25, 0.25) * side
-            beyond = self._along(angle) > offset
-            cv2.copyTo(self._texture(int(kinds[1]), rng), beyond.view(np.uint8), image)
-            classes[beyond] = 10 + kinds[1]
+            other = self._texture(int(kinds[1]), rng, painted)
+            if painted:
+                beyond = self._along(angle) > offset
+                cv2.copyTo(other, beyond.view(np.uint8), image)
+                classes[beyond] = 10 + kinds[1]
         return image, classes
 
-    def _texture(self, kind: int, rng: np.random.Generator) -> np.ndarray:
+    def _texture(self, kind: int, rng: np.random.Generator, painted: bool) -> np.ndarray | None:
         side, name = self.side, STUFF[kind]
         tone = GROUNDS[name][int(rng.integers(len(GROUNDS[name])))]
         # Bytes are the cheapest noise there is.
-        noise = np.frombuffer(rng.bytes(side * side), np.int8).reshape(side, side)
+        noise = rng.bytes(side * side)
+        if name == "stripes":
+            period, direction = rng.uniform(5, 11), rng.uniform(0, math.pi)
+        if not painted:
+            return None
+        noise = np.frombuffer(noise, np.int8).reshape(side, side)
         grey = noise * np.float32(0.26 if name == "grass" else 0.03)  # [H, W]
         if name == "stripes":
-            period = rng.uniform(5, 11)
-            along = self._along(rng.uniform(0, math.pi)) + np.float32(2 * side)
+            along = self._along(direction) + np.float32(2 * side)
             odd = (along * np.float32(2 / period)).astype(np.int32) & 1
             grey += np.float32(44) * odd - np.float32(22)
         return cv2.merge([grey + np.float32(level) for level in tone])
@@ -209,24 +241,35 @@ class Scenes:
                 return top, left
         return None
 
-    def _sentence(
+    def _sentences(
         self,
         words: list[tuple[str, str, str]],
         masks: list[np.ndarray],
         rng: np.random.Generator,
-    ) -> str:
-        """Where one digit lies to another, or what there is, if it is alone."""
+    ) -> tuple[str, ...]:
+        """Where one digit lies to another, by chance, or what there is, if it is alone; then, if
+        they are wanted, the same of all other pairs.
+        """
         first = int(rng.integers(len(words)))
         if len(words) == 1:
-            return _named(words[0])
+            return (_named(words[0]),)
         second = (first + 1 + int(rng.integers(len(words) - 1))) % len(words)
-        boxes = boxes_of_masks(np.stack([masks[first], masks[second]]))
-        x, y = ((boxes[0] - boxes[1])[:2] + (boxes[0] - boxes[1])[2:]) / 2
-        if abs(x) > abs(y):
-            relation = "left of" if x < 0 else "right of"
-        else:
-            relation = "above" if y < 0 else "below"
-        return f"{_named(words[first])} {relation} {_named(words[second])}"
+        pairs = [(first, second)]
+        if self.every_sentence:
+            pairs += [p for p in itertools.permutations(range(len(words)), 2) if p not in pairs]
+        boxes = boxes_of_masks(np.stack(masks))
+        return tuple(
+            f"{_named(words[i])} {_relation(boxes[i], boxes[j])} {_named(words[j])}"
+            for i, j in pairs
+        )
+
+
+def _relation(one: np.ndarray, other: np.ndarray) -> str:
+    """Where the middle of a box [4] lies, seen from another's."""
+    x, y = ((one - other)[:2] + (one - other)[2:]) / 2
+    if abs(x) > abs(y):
+        return "left of" if x < 0 else "right of"
+    return "above" if y < 0 else "below"
 
 
 def _named(words: tuple[str, str, str]) -> str:
@@ -242,6 +285,8 @@ def open(
     size: int = 0,
     seed: int = 0,
     stuff: str = "names",
+    digits: int = 0,
+    sentences: str = "one",
 ) -> Dataset:
     """The split "train" (100,000 scenes) or "validation" (500, of digits held out).
 
@@ -257,6 +302,8 @@ def open(
       stuff: "names": the grounds are classes of `segmentation`; "boxes": and each is an object with
         a box and a mask too, which adds up to two to a picture (panoptic segmentation); "none":
         there are ten classes only, and the grounds are 255 in `segmentation`, which is ignored.
+      digits: how many there are in each scene, at most the kind's; 0 is any number up to that.
+      sentences: "one", of a pair chosen by chance, or "all" that are true, that one first.
 
     Raises:
       ConfigError: if there is no such split or kind, or a size too small to hold a digit.
@@ -271,17 +318,24 @@ def open(
         raise ConfigError(f"data.options.size={size!r} must be 0 or at least 32 pixels")
     if not 0 <= seed < 2**32:
         raise ConfigError(f"data.options.seed={seed!r} must lie between 0 and 2**32 - 1")
+    if sentences not in SENTENCES:
+        hint = nearest(sentences, SENTENCES)
+        raise ConfigError(f"data.options.sentences={sentences!r} does not exist.{hint}")
     side, most, heights = KINDS[kind]
+    if not isinstance(digits, int) or not 0 <= digits <= most:
+        raise ConfigError(f"data.options.digits={digits!r} must be 0 to {most} in {kind} scenes")
     scale = (size or side) / side
-    source = digits.open(split)
+    source = open_digits(split)
     return Scenes(
         split=split,
         source=source,
         classes=tuple(np.flatnonzero(source.labels == label) for label in range(10)),
         side=size or side,
         most=most,
+        digits=digits,
         heights=(heights[0] * scale, heights[1] * scale),
         seed=seed,
         stuff_boxes=stuff == "boxes",
         class_names=WORDS if stuff == "none" else WORDS + STUFF,
+        every_sentence=sentences == "all",
     )

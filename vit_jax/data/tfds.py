@@ -14,11 +14,13 @@ import numpy as np
 from vit_jax.contracts import Dataset, Example
 from vit_jax.data.geometry import Pixels, check_boxes, picture_size
 from vit_jax.data.masks import Classes, check_same_size, read_mask
+from vit_jax.data.share import Part, balanced
 from vit_jax.errors import ConfigError, DataError, nearest
 
 DEFAULT_DIR = "~/tensorflow_datasets"
 FORMAT = "array_record"
-SPLITS = {"train": ("train",), "validation": ("validation", "test")}
+CHUNK = 1024  # records read at once
+SPLITS = {"train": ("train",), "validation": ("validation", "val", "test")}
 SEGMENTATION = ("segmentation_mask", "annotation", "segmentation")  # what sets call their masks
 _ADE20K = (  # Zhou et al. 2017: the benchmark's 150 classes, in their order
     "wall building sky floor tree ceiling road bed windowpane grass cabinet sidewalk person "
@@ -36,6 +38,7 @@ _ADE20K = (  # Zhou et al. 2017: the benchmark's 150 classes, in their order
     "crt_screen plate monitor bulletin_board shower radiator glass clock flag"
 )
 ADE20K = tuple(name.replace("_", " ") for name in _ADE20K.split())
+CAPTIONS = ("captions", "caption")  # what sets call their texts
 CROWD = ("is_crowd", "is_difficult")  # what they call objects that nobody is blamed for
 # What the values of masks mean, which their features do not say. ADE20K's 0 is anything else.
 KNOWN = {
@@ -56,7 +59,7 @@ class Tfds:
     """One split of a prepared dataset whose examples have an `image` and what a task wants of it.
 
     That is a `label`; or `boxes`, `box_label` and, where the set has them, `crowd` and `area`; or
-    `segmentation`.
+    `segmentation`; or `captions`, where it has those.
 
     Pictures are handed on as the bytes of their files. The files of records are opened by each
     process for itself, so that an instance can be pickled.
@@ -73,7 +76,10 @@ class Tfds:
         features = dict(builder.info.features.items())
         self._mask = next((k for k in SEGMENTATION if k in features), "") if classes else ""
         self._decoded = [key for key in ("image", self._mask) if key]
-        if classes:
+        self._captions = _caption_key(features)
+        if self._captions:
+            self.class_names = ()
+        elif classes:
             self.class_names = classes.names
         elif "label" in features:
             self.class_names = tuple(features["label"].names)
@@ -81,6 +87,8 @@ class Tfds:
             self.class_names = tuple(_objects(features)["label"].names)
         self._length = builder.info.splits[split].num_examples
         self._source = None
+
+    enough_captions = 10_000  # their pictures are read with them
 
     def _builder(self):
         import tensorflow_datasets as tfds
@@ -123,6 +131,8 @@ class Tfds:
 
     def _example(self, record: dict[str, Any]) -> Example:
         image = bytes(record["image"])
+        if self._captions:
+            return {"image": image, "captions": self._texts(record)}
         if self._mask:
             values = read_mask(bytes(record[self._mask]))
             check_same_size(values, image)
@@ -149,6 +159,25 @@ class Tfds:
             example["area"] = np.array(objects["area"], np.float32).reshape(-1)[kept]
         return example
 
+    def _texts(self, record: Mapping[str, Any]) -> tuple[str, ...]:
+        """The captions of a record; DataError if there is none, or one is not UTF-8."""
+        found = record[self._captions]
+        found = found["text"] if isinstance(found, Mapping) else found
+        found = [found] if isinstance(found, (bytes, str)) else list(found)
+        try:
+            texts = [t.decode() if isinstance(t, bytes) else str(t) for t in found]
+        except UnicodeDecodeError as error:
+            raise DataError(f"a caption is not UTF-8: {error}") from error
+        texts = [text.strip() for text in texts if text.strip()]
+        if not texts:
+            raise DataError("its caption is empty")
+        return tuple(texts)
+
+    def labels(self) -> np.ndarray:
+        """Of all examples, int [N]; reads every record once."""
+        chunks = [range(i, min(i + CHUNK, len(self))) for i in range(0, len(self), CHUNK)]
+        return np.array([int(r["label"]) for chunk in chunks for r in self._read(chunk)])
+
     def size(self, index: int) -> Pixels:
         """(H, W) of a picture."""
         return picture_size(bytes(self._read([index])[0]["image"]))
@@ -156,6 +185,22 @@ class Tfds:
     def name(self, index: int) -> str:
         """Such as `cifar10 test 17`."""
         return f"{self.dataset} {self.split} {index}"
+
+
+def _caption_key(features: Mapping[str, Any]) -> str:
+    """What holds the captions: one text, several, or several entries with a `text`."""
+    import tensorflow_datasets as tfds
+
+    def is_text(feature: Any) -> bool:
+        return isinstance(feature, tfds.features.Text)
+
+    for key in CAPTIONS:
+        feature = features.get(key)
+        inner = getattr(feature, "feature", feature)
+        inner = inner["text"] if hasattr(inner, "keys") and "text" in inner else inner
+        if is_text(inner):
+            return key
+    return ""
 
 
 def _objects(features: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -172,15 +217,16 @@ def open(
     class_names: Sequence[str] = (),
     first: int = 0,
     ignored: Sequence[int] = (),
+    share: float = 1.0,
     beside: Sequence[str] = (),
 ) -> Dataset:
     """The split "train" or "validation" of the dataset that TFDS calls `name`.
 
-    It has an `image`, and a `label` to classify it by, or `objects` with `bbox` and `label`, or a
-    picture of classes: `segmentation_mask` (or `annotation`).
+    It has an `image`, and `captions`, or a `label` to classify it by, or `objects` with `bbox` and
+    `label`, or a picture of classes: `segmentation_mask` (or `annotation`).
 
-    "validation" is the dataset's "test" where it has no other. A dataset that is not in `data_dir`
-    ("" is ~/tensorflow_datasets) is downloaded and prepared there first.
+    "validation" is the dataset's "val", or its "test" where it has no other. A dataset that is not
+    in `data_dir` ("" is ~/tensorflow_datasets) is downloaded and prepared there first.
 
     Args:
       split: "train" or "validation".
@@ -190,6 +236,7 @@ def open(
         scene_parse150 (ADE20K).
       first: the value that the first of them belongs to.
       ignored: values that count as nothing; 255 always does.
+      share: of "train", as of `data.share.balanced`; its labels are all read for that.
       beside: names of datasets from elsewhere, to suggest where `name` is misspelt.
 
     Raises:
@@ -206,8 +253,9 @@ def open(
     features = dict(info.features.items())
     if "image" not in features or not isinstance(features["image"], tfds.features.Image):
         raise DataError(f"{name} in {folder} has no 'image', only {sorted(features)}")
-    classes = None
-    if not isinstance(features.get("label"), tfds.features.ClassLabel) and not _objects(features):
+    classes, captions = None, _caption_key(features)
+    labelled = isinstance(features.get("label"), tfds.features.ClassLabel)
+    if not (captions or labelled or _objects(features)):
         if not any(isinstance(features.get(key), tfds.features.Image) for key in SEGMENTATION):
             raise DataError(
                 f"{name} in {folder} has no 'label' of the kind tfds.features.ClassLabel, no "
@@ -225,7 +273,12 @@ def open(
         raise DataError(f"{name} in {folder} has no {split} split, only {sorted(info.splits)}")
     if own != split:
         log.info("%s has no split %r: its %r stands in", name, split, own)
-    return Tfds(folder, name, own, classes)
+    whole = Tfds(folder, name, own, classes)
+    if share == 1 or split != "train":
+        return whole
+    if not labelled:
+        raise ConfigError(f"data.options.share={share} needs labels, and {name} has none")
+    return Part(whole, balanced(whole.labels(), share))
 
 
 def _classes(name: str, names: tuple[str, ...], first: int, ignored: tuple[int, ...]) -> Classes:

@@ -112,6 +112,9 @@ def _model(opened: Opened, fields: dict[str, Any]) -> dict[str, Any]:
     spec = backbone_fields(native)
     if "num_classes" in spec:
         spec["num_classes"] = 0  # as many as the data has
+    for inner in spec.values():
+        if isinstance(inner, dict):  # which no JSON could hold otherwise
+            inner.pop("dtype", None)
     spec |= fields
     if "dtype" not in fields:
         del spec["dtype"]

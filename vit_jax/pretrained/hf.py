@@ -4,6 +4,7 @@ The folder may be on the disk or on the Hub. timm's folders there have a config.
 kind, with `architecture` in it; `state.py` opens what they hold.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,11 +29,16 @@ PROCESSORS = {  # that know what to make of the outputs; classifiers need none o
     "tasks.panoptic.Panoptic": "DetrImageProcessor",
     "tasks.segmentation.Segmentation": "SegformerImageProcessor",
 }
-WANTED = ("config.json", "preprocessor_config.json", "model*.safetensors", WEIGHTS[1])
+WORDS = ("tokenizer.json", "tokenizer_config.json", "config.json")  # what a tokenizer needs
+WANTED = (*WORDS, "preprocessor_config.json", "model*.safetensors", WEIGHTS[1])
 
 
-def download(repository: str) -> Path:
+def download(repository: str, wanted: Sequence[str] = ()) -> Path:
     """A repository of the Hub, `OWNER/NAME` or `OWNER/NAME@REVISION`, in huggingface_hub's cache.
+
+    Args:
+      repository: which one.
+      wanted: patterns of files; () is what a model needs.
 
     Offline (HF_HUB_OFFLINE=1, or no network) what is in the cache is used.
 
@@ -48,6 +54,8 @@ def download(repository: str) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
 
     try:
+        if wanted:
+            return get(*wanted)
         folder = get(*WANTED)
         if not any((folder / file).is_file() for file in WEIGHTS[:2]):
             folder = get(*WANTED, WEIGHTS[2])
@@ -87,11 +95,9 @@ def open_folder(folder: Path, ref: str) -> Opened:
     if "architecture" in config:
         return state.opened(source, ref, config["architecture"], config)
     kind = config.get("model_type")
-    kinds = {t: f for f in state.families() for t in f.HF_TYPES}
-    if kind not in kinds:
-        raise refuse(ref, f"model_type={kind!r} is not known here.{nearest(str(kind), kinds)}")
+    family = _family(config, ref)
     try:
-        recipe = kinds[kind].from_hf(config, source.shapes)
+        recipe = family.from_hf(config, source.shapes)
     except (KeyError, TypeError) as error:
         raise refuse(ref, f"its config.json or its weights lack {error}") from error
     file = folder / "preprocessor_config.json"
@@ -101,6 +107,7 @@ def open_folder(folder: Path, ref: str) -> Opened:
         preprocessing = preprocess.Preprocessing(recipe.preprocessing)
         remarks = ("no preprocessor_config.json: the usual one of this family is assumed",)
     remarks += (checked,) if checked else ()
+    recipe = dataclasses.replace(recipe, task=_task_of(recipe.task, preprocessing))
     return Opened(
         ref=ref,
         format=f"Hugging Face transformers ({', '.join(config.get('architectures') or [kind])})",
@@ -109,7 +116,29 @@ def open_folder(folder: Path, ref: str) -> Opened:
         preprocessing=preprocessing,
         labels=_labels(config, recipe.num_classes),
         remarks=recipe.remarks + remarks,
+        words=folder if (folder / WORDS[0]).is_file() else None,
     )
+
+
+def _family(config: Mapping[str, Any], ref: str) -> Any:
+    """The family that knows a config.json: by the model's class, or else by its type."""
+    families, kind = state.families(), config.get("model_type")
+    classes = {name: f for f in families for name in getattr(f, "HF_CLASSES", ())}
+    for name in config.get("architectures") or ():
+        if name in classes:
+            return classes[name]
+    kinds = {t: f for f in families for t in f.HF_TYPES}
+    if kind not in kinds:
+        raise refuse(ref, f"model_type={kind!r} is not known here.{nearest(str(kind), kinds)}")
+    return kinds[kind]
+
+
+def _task_of(task: Mapping[str, Any], prepared: preprocess.Preprocessing) -> dict[str, Any]:
+    """A task, with the mean and the deviation that pictures are given, if it wants to know."""
+    for spec in prepared.steps if "mean" in task else ():
+        if spec["target"].endswith(".Standardize"):
+            return dict(task) | {name: spec[name] for name in ("mean", "std")}
+    return dict(task)
 
 
 def _json(file: Path, ref: str) -> dict[str, Any]:
@@ -149,15 +178,19 @@ def save(loaded: Any, folder: Path) -> Recipe:
 
     config, recipe = published(loaded.module, loaded.labels)
     tensors = {
-        name: np.ascontiguousarray(array)
+        name: np.asarray(array, order="C")  # `ascontiguousarray` makes a number an array of one
         for name, array in names.write(recipe.table, loaded.variables)
     }
     dtypes = {str(array.dtype) for array in tensors.values() if array.ndim > 1}
     config["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if "normalized" in recipe.task:  # what MAE's numbers are, which no module knows
+        config["norm_pix_loss"] = loaded.recipe.task["normalized"]
     _write(folder / "config.json", config)
     processor = PROCESSORS.get(recipe.task["target"], "")
     _write(folder / "preprocessor_config.json", preprocess.to_hf(loaded.preprocess, processor))
+    if loaded.words is not None:
+        loaded.tokenizer.save(folder / WORDS[0])
     return recipe
 
 

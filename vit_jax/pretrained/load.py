@@ -1,9 +1,10 @@
 """Any published checkpoint, or a run of one's own, by one string."""
 
+import dataclasses
 import difflib
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +17,8 @@ from flax import linen as nn
 
 from vit_jax import step
 from vit_jax.contracts import Array, Outputs
-from vit_jax.errors import ConfigError
+from vit_jax.data.text import FILE, Tokenizer, open_tokenizer
+from vit_jax.errors import CheckpointError, ConfigError
 from vit_jax.pretrained import google, hf, names, own, resample, state
 from vit_jax.pretrained.opened import Opened, refuse
 from vit_jax.pretrained.preprocess import Preprocessing
@@ -37,7 +39,7 @@ class Loaded:
     Called with batch entries by name, `loaded(image=...)`, it gives what the module's documentation
     says: logits [B, K] for a classifier, `Features` for a backbone without a head, {"logits"
     [B, Q, K + 1], "boxes" [B, Q, 4]} for a detector, which also reads `image_mask`, logits
-    [B, H, W, K] for a segmenter.
+    [B, H, W, K] for a segmenter, and of pictures and texts what `vit_jax.models.clip.CLIP` says.
 
     Attributes:
       module: a Linen module.
@@ -47,6 +49,7 @@ class Loaded:
       source: what was opened, and in which form.
       recipe: how it was rebuilt.
       remarks: what was assumed or resampled, for a person.
+      words: the folder with its tokenizer.json; None if it has none.
     """
 
     module: nn.Module
@@ -56,12 +59,13 @@ class Loaded:
     source: str
     recipe: Recipe = field(repr=False)
     remarks: tuple[str, ...] = ()
+    words: Path | None = None
 
     @property
     def reads(self) -> frozenset[str]:
         """The batch entries that the model's signature names."""
-        names = inspect.signature(type(self.module).__call__).parameters
-        return frozenset(names) - {"self", "train"}
+        parameters = inspect.signature(type(self.module).__call__).parameters.values()
+        return frozenset(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY) - {"self"}
 
     def __call__(self, **batch: Array) -> Outputs:
         """Batch entries by their names in `vit_jax.contracts` -> the model's output.
@@ -75,6 +79,69 @@ class Loaded:
             return self._forward(self.variables, {k: jnp.asarray(v) for k, v in batch.items()})
         except ValueError as error:  # a size that it cannot work with, or an entry too few
             raise ConfigError(str(error)) from error
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """What turns texts into the numbers that the model was trained with.
+
+        Raises:
+          CheckpointError: if there is none, or its vocabulary is of another size than the model's.
+        """
+        if self.words is None:
+            raise CheckpointError(f"{self.source}: there is no {FILE} to read texts with")
+        found = open_tokenizer(self.words)
+        wanted = getattr(getattr(self.module, "text", self.module), "vocabulary", found.size)
+        if found.size != wanted:
+            raise CheckpointError(
+                f"{self.source}: its {FILE} has {found.size:,} entries, and its weights are for "
+                f"{wanted:,}"
+            )
+        return found
+
+    def tokenize(self, texts: str | Iterable[str]) -> np.ndarray:
+        """Texts -> `tokens`, int32 [B, T]; longer ones are cut.
+
+        Raises:
+          ConfigError: if the model reads no texts.
+          CheckpointError: as of `tokenizer`.
+        """
+        if "tokens" not in self.recipe.inputs:
+            raise ConfigError(f"{self.source} reads no texts, only {', '.join(sorted(self.reads))}")
+        (length,), _ = self.recipe.inputs["tokens"]
+        texts = [texts] if isinstance(texts, str) else texts
+        return np.stack([self.tokenizer.fill(text, length) for text in texts])
+
+    def writing(self, beams: int) -> "Loaded":
+        """The same captioner, following so many sentences at once, of which it tells the best.
+
+        Raises:
+          ConfigError: if the model writes nothing, or `beams` is less than 1.
+        """
+        if "beams" not in type(self.module).__dataclass_fields__:
+            raise ConfigError(f"{self.source} writes no sentences, so it has no beam")
+        if beams < 1:
+            raise ConfigError(f"a beam of {beams} must be at least 1")
+        if beams == self.module.beams:
+            return self
+        return dataclasses.replace(self, module=self.module.clone(beams=beams))
+
+    def caption(self, pictures: Any, beams: int | None = None) -> list[tuple[str, float]]:
+        """Pictures, as `preprocess` takes them -> a sentence about each, and its probability.
+
+        Args:
+          pictures: of any kind and size.
+          beams: sentences that are followed at once; 1 takes the likeliest word each time, None is
+            the model's own number.
+
+        Raises:
+          ConfigError: as of `writing`.
+          CheckpointError: as of `tokenizer`.
+        """
+        model = self.writing(getattr(self.module, "beams", 1) if beams is None else beams)
+        found = model(image=self.preprocess(pictures))
+        probabilities = np.exp(np.asarray(found["log_prob"], np.float64))
+        texts = map(self.tokenizer.decode, np.asarray(found["generated"]))
+        return list(zip(texts, probabilities.tolist(), strict=True))
 
     @cached_property
     def _forward(self) -> Callable[..., Outputs]:
@@ -169,4 +236,5 @@ def load(
         source=f"{ref}, {opened.format}",
         recipe=opened.recipe,
         remarks=tuple(remarks),
+        words=opened.words,
     )

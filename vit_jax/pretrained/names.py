@@ -36,7 +36,7 @@ class Leaf:
 
     Attributes:
       name: there, or several spellings, of which the first is written.
-      leading: axes of length 1 that it has in front there.
+      leading: axes of length 1 that it has in front there; -2 is two fewer than here.
       trailing: axes of length 1 that it, or the module's kernel, has at the end there.
     """
 
@@ -176,7 +176,8 @@ class Binding:
         array = arrays[0]
         if joined:
             array = np.concatenate([a.reshape(-1, a.shape[-1]) for a in arrays])
-        return array.reshape((1,) * leading + array.shape + (1,) * trailing)
+        shape = array.shape[max(-leading, 0) :]
+        return array.reshape((1,) * leading + shape + (1,) * trailing)
 
     @property
     def _plain(self) -> bool:

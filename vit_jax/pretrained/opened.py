@@ -1,7 +1,9 @@
 """A checkpoint that was found and understood; its arrays are still in their file."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import numpy as np
 from flax import linen as nn
 
 from vit_jax import step
-from vit_jax.build import build
+from vit_jax.build import TARGET, build
 from vit_jax.errors import CheckpointError, ConfigError
 from vit_jax.pretrained import names
 from vit_jax.pretrained.arrays import Arrays
@@ -32,6 +34,7 @@ class Opened:
       preprocessing: of this checkpoint, or its publisher's usual one.
       labels: a name for each class; empty if the file has none.
       remarks: what was assumed, for a person.
+      words: the folder with its tokenizer.json; None if it has none.
     """
 
     ref: str
@@ -41,6 +44,7 @@ class Opened:
     preprocessing: Preprocessing
     labels: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    words: Path | None = None
 
     def module(self, *, dtype: Any = None, **fields: Any) -> nn.Module:
         """The model, with other fields of the backbone where they are given.
@@ -54,7 +58,8 @@ class Opened:
         if classes == 0:
             return build(backbone)
         of_head = {} if classes is None else {"num_classes": classes}
-        return build(self.recipe.classifier | of_head | {"backbone": backbone} | of_dtype)
+        whole = _with(self.recipe.classifier, of_dtype)
+        return build(whole | of_head | {"backbone": backbone})
 
     @property
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -97,8 +102,15 @@ class Opened:
         return found
 
 
+def _with(spec: Any, fields: dict[str, Any]) -> Any:
+    """A spec with more fields, and all specs in it likewise."""
+    if not isinstance(spec, Mapping):
+        return spec
+    return {k: _with(v, fields) for k, v in spec.items()} | (fields if TARGET in spec else {})
+
+
 def backbone_fields(module: nn.Module) -> dict[str, Any]:
-    """A spec of a backbone with all its fields, whatever partial it was built by."""
+    """A spec of a module with all its fields, whatever partial it was built by; and of those in it."""
     kind = type(module)
     target = f"{kind.__module__.removeprefix('vit_jax.')}.{kind.__qualname__}"
     fields = {
@@ -106,7 +118,8 @@ def backbone_fields(module: nn.Module) -> dict[str, Any]:
         for name in kind.__dataclass_fields__
         if name not in ("parent", "name")
     }
-    return {"target": target} | fields
+    inner = {k: backbone_fields(v) for k, v in fields.items() if isinstance(v, nn.Module)}
+    return {"target": target} | fields | inner
 
 
 def refuse(ref: str, reason: str) -> CheckpointError:

@@ -8,6 +8,7 @@ import numpy as np
 
 from vit_jax import checkpoint
 from vit_jax.build import build
+from vit_jax.data.text import FILE
 from vit_jax.errors import ConfigError
 from vit_jax.pretrained import names
 from vit_jax.pretrained.arrays import Arrays
@@ -16,6 +17,8 @@ from vit_jax.pretrained.preprocess import Preprocessing
 from vit_jax.pretrained.recipe import Recipe
 
 LABELS = "labels.json"  # one name for each class, in the run folder
+TOKENIZE = "data.text.Tokenize"  # the step that is for texts
+HIDE = "data.patches.HidePatches"  # the step that leaves a picture as it is and adds to it
 
 
 def is_run(folder: Path) -> bool:
@@ -37,7 +40,7 @@ def open_folder(folder: Path, ref: str) -> Opened:
     saved = checkpoint.read(folder)
     variables = saved.ema or {"params": saved.params, **saved.model_state}
     flat = {path: np.asarray(array) for path, array in names.flat(variables).items()}
-    labels = ()
+    steps, labels = config["eval"]["transforms"], ()
     if (folder / LABELS).is_file():
         labels = tuple(json.loads((folder / LABELS).read_text()))
     return Opened(
@@ -49,8 +52,9 @@ def open_folder(folder: Path, ref: str) -> Opened:
             {path: array.dtype.name for path, array in flat.items()},
             flat.__getitem__,
         ),
-        preprocessing=Preprocessing(tuple(config["eval"]["transforms"])),
+        preprocessing=Preprocessing(tuple(s for s in steps if s["target"] not in (TOKENIZE, HIDE))),
         labels=labels,
+        words=folder if (folder / FILE).is_file() else None,
     )
 
 
@@ -66,6 +70,7 @@ def _recipe(model: dict[str, Any], config: dict[str, Any]) -> Recipe:
         build(backbone)
     except ConfigError as error:
         raise refuse(str(config.get("workdir", "the run")), str(error)) from error
+    text = [s for s in config["eval"]["transforms"] if s["target"] == TOKENIZE]
     return Recipe(
         origin="vit_jax",
         backbone=backbone,
@@ -73,4 +78,6 @@ def _recipe(model: dict[str, Any], config: dict[str, Any]) -> Recipe:
         num_classes=classes,
         classifier=model,
         task=config["task"],
+        inputs={"tokens": ((text[0]["length"],), "int32")} if text else {},
+        beside=tuple(s for s in config["eval"]["transforms"] if s["target"] == HIDE),
     )

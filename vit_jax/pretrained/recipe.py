@@ -22,6 +22,8 @@ class Recipe:
       task: what the outputs are for: a spec of `vit_jax.tasks`.
       inputs: what the model reads besides `image`, as the batch has it: the shape of one row and
         the dtype, {"tokens": ((77,), "int32")}.
+      beside: specs of transforms that add, to a prepared picture, what the model is asked with by
+        `predict`: which patches are hidden.
       remarks: what was assumed, for a person.
     """
 
@@ -37,4 +39,5 @@ class Recipe:
         default_factory=lambda: {"target": "tasks.classification.Classification"}
     )
     inputs: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    beside: tuple[dict[str, Any], ...] = ()
     remarks: tuple[str, ...] = ()

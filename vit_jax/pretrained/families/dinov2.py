@@ -92,6 +92,8 @@ def to_hf(backbone: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
             "distilled": False,
             "positions": "learned",
             "class_position": True,
+            "patch_bias": True,
+            "pre_norm": False,
             "position_resize": _resize(kind),
             "stem": None,
         },

@@ -236,6 +236,8 @@ def to_hf(backbone: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
             "registers": 0,
             "positions": "learned",
             "class_position": True,
+            "patch_bias": True,
+            "pre_norm": False,
             "feed_forward": "mlp",
             "layer_scale": None,
             "stem": None,

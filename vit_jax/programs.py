@@ -1,0 +1,97 @@
+"""Compiled programs, kept from one command to the next in a folder of the user's."""
+
+import hashlib
+import os
+import platform
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+FOLDER = "JAX_COMPILATION_CACHE_DIR"  # JAX's own variable: another folder
+SWITCH = "JAX_ENABLE_COMPILATION_CACHE"  # false switches it off
+LEAST = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+SECONDS = 0.3  # what compiles faster is not worth a file
+DAYS = 30  # after which a program that was compiled is compiled anew
+DAMAGED = r"Error reading persistent compilation cache entry for '(?P<module>[^']*)'"
+
+
+def keep() -> Path | None:
+    """Has JAX keep what it compiles, and take it from there the next time.
+
+    To be called before JAX is imported, which reads its variables then. A program is found again by
+    its text, the compiler's version and options, and the kind of device, so that none is ever taken
+    for another. Programs are kept for 30 days.
+
+    Returns:
+      The folder: that of `JAX_COMPILATION_CACHE_DIR`, else one for processors of this kind in
+      `vit_jax/programs` of `XDG_CACHE_HOME` or `~/.cache`. None if it is switched off, cannot be
+      written, or JAX runs already: then all is as JAX has it.
+    """
+    if "jax" in sys.modules or os.environ.get(SWITCH, "").lower() in ("0", "false", "off"):
+        return None
+    named = os.environ.get(FOLDER)
+    if named is None:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(base) / "vit_jax" / "programs" / _processor()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return None
+        if not os.access(folder, os.W_OK):
+            return None
+        _forget(folder)
+        os.environ[FOLDER] = str(folder)
+    elif "://" in named:  # a bucket, which is not ours to tidy
+        folder = None
+    else:
+        folder = Path(named)
+    os.environ.setdefault(LEAST, str(SECONDS))
+    if folder is not None:
+        _mend(folder)
+    return folder
+
+
+def _processor() -> str:
+    """A few letters for what this processor can do.
+
+    A home may be shared by machines, and a program of a newer one would crash on an older.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        lines = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
+    except OSError:
+        lines = []
+    told = lines[0] if lines else platform.machine() + platform.processor()
+    return hashlib.sha256(told.encode()).hexdigest()[:8]
+
+
+def _forget(folder: Path) -> None:
+    """Removes programs of long ago, of compilers that are gone."""
+    oldest = time.time() - DAYS * 24 * 3600
+    for file in folder.glob("*-cache"):
+        try:
+            if file.stat().st_mtime < oldest:
+                file.unlink()
+        except OSError:  # another process was faster
+            pass
+
+
+def _mend(folder: Path) -> None:
+    """A file that a killed process left unfinished is removed when JAX complains of it.
+
+    JAX compiles then, but would leave the file as it is, and complain each time.
+    """
+    shown = warnings.showwarning
+
+    def show(message: Any, *place: Any, **where: Any) -> None:
+        found = re.match(DAMAGED, str(message))
+        if not found:
+            shown(message, *place, **where)
+            return
+        for file in folder.glob(f"{found['module']}-*-cache"):
+            file.unlink(missing_ok=True)
+
+    warnings.showwarning = show
