@@ -1,3 +1,5 @@
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -367,6 +369,33 @@ def test_lr_scale_and_layer_decay_multiply_and_leave_frozen_parameters_alone():
         np.testing.assert_allclose(updates[name], expected, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
+def test_a_clamped_parameter_stops_at_its_range_and_can_turn_back(name):
+    params = {"logit_scale": jnp.float32(4.5), "head": {"kernel": jnp.ones((2, 2))}}
+    spec = {"name": name, "clamp": (("^logit_scale$", 0.0, 4.6),), "momentum": 0.0}
+    optimizer = optim.make(spec, params=params, schedule=optax.constant_schedule(0.3))
+    state, seen = optimizer.init(params), []
+    for sign in (-1, -1, 1):
+        gradient = jax.tree.map(partial(jnp.full_like, fill_value=sign), params)
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        seen.append(float(params["logit_scale"]))
+    np.testing.assert_allclose(seen[:2], 4.6, rtol=1e-6)
+    assert params["head"]["kernel"].max() != 1.0
+    if name == "sgd":
+        assert seen[2] == pytest.approx(4.3)
+    low = optim.make(spec | {"name": "sgd"}, params=params, schedule=optax.constant_schedule(99.0))
+    updates, _ = low.update(jax.tree.map(jnp.ones_like, params), low.init(params), params)
+    assert float(optax.apply_updates(params, updates)["logit_scale"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_frozen_parameter_outside_its_range_stays():
+    params = {"logit_scale": jnp.float32(9.0), "kernel": jnp.ones((2, 2))}
+    spec = {"name": "sgd", "clamp": (("logit_scale", 0.0, 4.6),), "freeze": "logit_scale"}
+    updates = first_update(params, jax.tree.map(jnp.ones_like, params), **spec)
+    assert float(updates["logit_scale"]) == 0.0
+
+
 # Layer decay; the exponents are L + 1 - layer, by hand
 
 
@@ -553,6 +582,9 @@ def test_the_running_mean_of_half_precision_weights_is_float32():
         ({"lr_scale": [("head", 0.0)]}, r"pairs .* not \('head', 0.0\); optimizer.freeze"),
         ({"lr_scale": [("head", "2")]}, "must hold pairs"),
         ({"lr_scale": ("head", 2.0)}, "must hold pairs .* not 'head'"),
+        ({"clamp": [("heads", 0.0, 1.0)]}, "optimizer.clamp='heads' matches no parameter"),
+        ({"clamp": [("head", 1.0, 0.0)]}, r"must hold triples .* not \('head', 1.0, 0.0\)"),
+        ({"clamp": ("head", 0.0, 1.0)}, "must hold triples .* not 'head'"),
     ],
 )
 def test_an_optimizer_that_cannot_be_is_refused(wrong, message):

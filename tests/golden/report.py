@@ -4,6 +4,7 @@ compared. `python tests/golden/make.py --report` writes docs/parity.md.
 
 import copy
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -38,6 +39,8 @@ class Row:
       sizes: (H, W) of the images: the published one, and an awkward one.
       call: the peer's further arguments at another size than it was made for.
       masked: asks for two images of unequal size, padded, with a mask.
+      words: of a model of texts too: V, T, and the number that ends a text, None if none does.
+      hidden: share of the patches that are hidden; 0 has no such mask.
     """
 
     name: str
@@ -46,6 +49,20 @@ class Row:
     sizes: tuple[tuple[int, int], ...]
     call: dict[str, Any] = field(default_factory=dict)
     masked: bool = False
+    words: tuple[int, int, int | None] | None = None
+    hidden: float = 0.0
+
+
+def clip(name: str, kind: str, sizes, *, text: dict, words, **config) -> Row:
+    """A model of pictures and texts."""
+
+    def make():
+        import transformers
+
+        settings = getattr(transformers, f"{kind}Config")(text_config=text, **config)
+        return getattr(transformers, f"{kind}Model")(settings)
+
+    return Row(name, "transformers", make, tuple(sizes), ANY, words=words)
 
 
 def hf(name: str, kind: str, sizes, call: dict | None = None, **config) -> Row:
@@ -83,6 +100,16 @@ def upernet(name: str, sizes, swin: dict, **config) -> Row:
     return Row(name, "transformers", make, tuple(sizes))
 
 
+def restorer(name: str, kind: str, head: str, ratio: float, sizes, **config) -> Row:
+    def make():
+        import transformers
+
+        settings = getattr(transformers, f"{kind}Config")(**config)
+        return getattr(transformers, f"{kind}For{head}")(settings)
+
+    return Row(name, "transformers", make, tuple(sizes), ANY, hidden=ratio)
+
+
 def deit(name: str, **config) -> Row:
     def make():
         import transformers
@@ -114,7 +141,14 @@ SWIN_T = {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]}
 SWIN_S = SWIN_T | {"depths": [2, 2, 18, 2]}
 SWIN_B = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}
 SWIN_L = {"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48]}
+MIM = "MaskedImageModeling"
+BEIT_MIM = {
+    "use_mask_token": True,
+    "use_shared_relative_position_bias": True,
+    "layer_scale_init_value": 0.1,
+}
 DYNAMIC = {"dynamic_img_size": True}
+CLIP_WORDS = (49_408, 77, 49_407)
 
 
 def vit(width: int, depth: int = 12, heads: int | None = None) -> dict:
@@ -148,6 +182,25 @@ ROWS = (
         image_size=518,
         patch_size=14,
     ),
+    clip("CLIP-B/32", "CLIP", [S224, (256, 320)], text={}, words=CLIP_WORDS),
+    clip(
+        "CLIP-B/16",
+        "CLIP",
+        [S224, VIT_ODD],
+        text={},
+        words=CLIP_WORDS,
+        vision_config={"patch_size": 16},
+    ),
+    clip(
+        "CLIP-L/14",
+        "CLIP",
+        [S224, DINO_ODD],
+        text=vit(768) | {"projection_dim": 768},
+        words=CLIP_WORDS,
+        vision_config=vit(1024, 24) | {"patch_size": 14, "projection_dim": 768},
+        projection_dim=768,
+    ),
+    clip("SigLIP-B/16", "Siglip", [S224, VIT_ODD], text={}, words=(32_000, 64, None)),
     hf("Swin-T", "Swin", [S224, ODD], **SWIN_T),
     hf("Swin-S", "Swin", [S224, ODD], **SWIN_S),
     hf("Swin-B", "Swin", [S224, ODD], **SWIN_B),
@@ -175,6 +228,20 @@ ROWS = (
     upernet("UPerNet-Swin-T", [S512, ODD], SWIN_T),
     upernet("UPerNet-Swin-T small", [S224, (180, 224)], SWIN_T),
     upernet("UPerNet-Swin-B", [S512, ODD], SWIN_B | {"window_size": 12}),
+    restorer("ViT-MAE-B/16", "ViTMAE", "PreTraining", 0.75, [S224], **vit(768)),
+    restorer("ViT-B/16 masked", "ViT", MIM, 0.6, [S224], **vit(768)),
+    restorer(
+        "Swin-B w6 masked",
+        "Swin",
+        MIM,
+        0.6,
+        [(192, 192)],
+        **SWIN_B,
+        window_size=6,
+        image_size=192,
+        encoder_stride=32,
+    ),
+    restorer("BEiT-B/16 masked", "Beit", MIM, 0.4, [S224, VIT_ODD], **BEIT_MIM, **vit(768)),
     timm("vit_base_patch16_224", [S224, VIT_ODD], **DYNAMIC),
     timm("deit_small_distilled_patch16_224", [S224, VIT_ODD], **DYNAMIC),
     timm("vit_base_r50_s16_224", [S224, (320, 256)], **DYNAMIC),
@@ -244,28 +311,46 @@ def measure(row: Row) -> dict[str, Any]:
     for size in row.sizes:
         call = row.call if size != row.sizes[0] else {}
         # A copy: transformers' Swin, once it has not shifted a small map, never shifts again.
-        worst = difference(loaded, copy.deepcopy(model), size, row.masked, call)
+        worst = difference(loaded, copy.deepcopy(model), size, row, call)
         found["differences"][f"{size[0]}x{size[1]}"] = worst
     return found
 
 
 def difference(
-    loaded: Any, model: Any, size: tuple[int, int], masked: bool, call: dict[str, Any]
+    loaded: Any, model: Any, size: tuple[int, int], row: Row, call: dict[str, Any]
 ) -> float:
     """The largest difference of an output of ours and the peer's, over its largest number."""
     import torch
 
-    image = np.random.default_rng(1).normal(size=(1 + masked, 3, *size))
+    random = np.random.default_rng(1)
+    image = random.normal(size=(1 + row.masked, 3, *size))
     batch, call = {}, dict(call)
-    if masked:
+    if row.words:
+        vocabulary, length, end = row.words
+        tokens = random.integers(1, end or vocabulary, (2, length))
+        if end is not None:
+            tokens[0, 9], tokens[0, 10:], tokens[1, -1] = end, 0, end
+        batch["tokens"], call["input_ids"] = tokens, torch.from_numpy(tokens)
+    if row.masked:
         mask = np.zeros((2, *size), bool)
         mask[0, :, : round(0.8 * size[1])] = mask[1, : round(0.7 * size[0])] = True
         image *= mask[:, None]
         batch["image_mask"] = mask
         call["pixel_mask"] = torch.from_numpy(mask.astype(np.int64))
+    if row.hidden:
+        patch = loaded.module.backbone.patch
+        h, w = size[0] // patch, size[1] // patch
+        order = np.random.default_rng(2).permutation(h * w)
+        flat = order < math.ceil(row.hidden * h * w)
+        batch["patch_mask"] = flat.reshape(1, h, w)
+        if hasattr(model, "patchify"):  # MAE's, which sorts noise: the lowest are seen
+            call["noise"] = torch.from_numpy(-order[None].astype(np.float32))
+        else:
+            call["bool_masked_pos"] = torch.from_numpy(flat[None])
     image = image.astype(np.float32)
     with torch.no_grad():
-        theirs = model(torch.from_numpy(image), **call)
+        given = torch.from_numpy(image)
+        theirs = model(given, **call) if row.peer == "timm" else model(pixel_values=given, **call)
     pairs = zip(_ours(loaded(image=image.transpose(0, 2, 3, 1), **batch)), _theirs(theirs))
     return float(max(np.abs(a - b).max() / np.abs(b).max() for a, b in pairs))
 
@@ -273,16 +358,25 @@ def difference(
 def _ours(outputs: Any) -> list[np.ndarray]:
     """Logits or a description; of a detector boxes too, and masks where there are such."""
     if isinstance(outputs, dict):
-        parts = ("logits", "boxes", "masks")
+        parts = ("logits", "boxes", "masks", "image_embedding", "text_embedding")
         return [np.asarray(outputs[part]) for part in parts if part in outputs]
     return [np.asarray(getattr(outputs, "pooled", outputs))]
 
 
 def _theirs(outputs: Any) -> list[np.ndarray]:
     """The same of a peer, in our order of axes."""
+    if hasattr(outputs, "image_embeds"):
+        return [outputs.image_embeds.numpy(), outputs.text_embeds.numpy()]
     if hasattr(outputs, "pred_boxes"):
         parts = (outputs.logits, outputs.pred_boxes, getattr(outputs, "pred_masks", None))
         return [part.numpy() for part in parts if part is not None]
+    if hasattr(outputs, "reconstruction"):
+        return [outputs.reconstruction.numpy().transpose(0, 2, 3, 1)]
+    if hasattr(outputs, "ids_restore"):  # MAE's patches, the channel fastest
+        h = w = round(outputs.logits.shape[1] ** 0.5)
+        patches = outputs.logits.unflatten(2, (-1, 3)).unflatten(1, (h, w))
+        patches = patches.unflatten(3, (round(patches.shape[3] ** 0.5), -1))
+        return [patches.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2).numpy()]
     logits = getattr(outputs, "logits", outputs).numpy()
     return [logits.transpose(0, 2, 3, 1) if logits.ndim == 4 else logits]  # of pixels
 

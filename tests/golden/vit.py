@@ -130,7 +130,7 @@ def randomise(model, seed: int) -> None:
             value = value / 4 + name.endswith("weight")
         elif not any(part in name for part in ("token", "pos_embed", "position")):
             value *= 2.0 ** -round(np.log2(np.prod(tensor.shape[1:])) / 2)
-        tensor.copy_(torch.from_numpy(value))
+        tensor.copy_(torch.from_numpy(np.asarray(value)))
 
 
 def half_state(model) -> dict[str, np.ndarray]:

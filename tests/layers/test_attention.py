@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.layers.attention import Attention, attend
+from vit_jax.layers.attention import Attention, Cache, attend
 
 # Less optimised code is compiled in half the time, and a whole function at once in less still.
 quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -175,3 +175,40 @@ def test_heads_that_do_not_divide_the_width_are_refused():
             lambda x: Attention(heads=4).init(jax.random.key(0), x, train=False),
             jnp.zeros((1, 2, 6)),
         )
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_tokens_that_come_one_by_one_read_the_same_from_a_cache(cosine):
+    (x,) = draw((2, 5, 8))
+    module = Attention(heads=2, cosine=cosine)
+    causal = jnp.tril(jnp.ones((5, 5), bool))[None, None]
+    init = quick(lambda x: module.init_with_output(jax.random.key(0), x, mask=causal, train=False))
+    whole, variables = init(x)
+
+    @quick
+    def read(token, cache, place):
+        seen = (jnp.arange(5) <= place)[None, None, None]
+        return module.apply(variables, token, mask=seen, cache=cache, place=place, train=False)
+
+    cache = Cache.empty(2, 5, 2, 8, jnp.float32)
+    for place in range(5):
+        out, cache = read(x[:, place : place + 1], cache, place)
+        np.testing.assert_allclose(out, whole[:, place : place + 1], atol=1e-6)
+
+
+def test_a_complete_cache_is_read_without_what_it_was_made_of():
+    x, memory = draw((2, 3, 8), (2, 4, 8))
+    module = Attention(heads=2)
+
+    @quick
+    def read(x, memory):
+        whole, variables = module.init_with_output(jax.random.key(0), x, memory, train=False)
+        empty = Cache.empty(2, 4, 2, 8, jnp.float32)
+        first, cache = module.apply(variables, x, memory, cache=empty, place=0, train=False)
+        again, same = module.apply(variables, x, cache=cache, train=False)
+        return whole, first, again, cache, same
+
+    whole, first, again, cache, same = read(x, memory)
+    np.testing.assert_allclose(first, whole, atol=1e-6)
+    np.testing.assert_allclose(again, first, atol=1e-6)
+    np.testing.assert_array_equal(same.key, cache.key)

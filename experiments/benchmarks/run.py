@@ -1,0 +1,198 @@
+"""How fast are we beside PyTorch on this machine, and how long until the first step?
+
+    python experiments/benchmarks/run.py cpu --peer_python=PATH [--only=training]
+    python experiments/benchmarks/run.py input --peer_python=PATH --pictures=FOLDER
+    python experiments/benchmarks/run.py start
+    python experiments/benchmarks/run.py gpu --peer_python=PATH       under 8 minutes on one GPU
+
+PATH is a Python with torch, transformers and timm. Each part writes its numbers to result.json and
+draws all of them again, so that parts can be run on their own; what is there is kept.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).parent
+RESULT = HERE / "result.json"
+MODELS = ("vit_s16", "swin_t", "cvt_13", "resnet_50")
+LARGE = ("vit_b16", "vit_l16", "swin_t", "swin_b", "cvt_13")
+STARTS = 5  # of the command, cold and warm
+
+
+def benchmark(*options: str) -> list[dict]:
+    """Rows of one `vit_jax.benchmark`."""
+    line = [sys.executable, "-m", "vit_jax.benchmark", *options, "--json"]
+    print(" ".join(line[1:]), flush=True)
+    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout)
+    return [row | {"machine": found["machine"]} for row in found["rows"]]
+
+
+def cpu(options: argparse.Namespace) -> list[dict]:
+    """Training at batch 8, inference at 1, 8 and 32, float32."""
+    peer = ["--peer=transformers", f"--peer_python={options.peer_python}"]
+    rows = []
+    for model in MODELS:
+        if "training" in options.only:
+            rows += benchmark(model, "--work=training", "--batch_size=8", *peer)
+        if "inference" in options.only:
+            rows += benchmark(model, "--work=inference", "--batch_size=1,8,32", *peer)
+        keep("cpu", rows)
+    return rows
+
+
+def gpu(options: argparse.Namespace) -> list[dict]:
+    """Training and inference in bfloat16, of batches that fill the device."""
+    rows = []
+    for model in LARGE:
+        library = "transformers" if model.startswith("cvt") else "timm"
+        rows += benchmark(
+            model,
+            "--dtype=bfloat16",
+            "--batch_size=128",
+            f"--peer={library}",
+            f"--peer_python={options.peer_python}",
+            "--modes=compiled",
+            "--seconds=1",
+            "--rounds=3",
+        )
+        keep("gpu", rows)
+    return rows
+
+
+def read(options: argparse.Namespace) -> list[dict]:
+    """The training transforms of the ImageNet recipe in one thread, without mixing."""
+    if not options.pictures:
+        sys.exit("--pictures=FOLDER: pictures of full size")
+    return benchmark(
+        "--config=configs/cvt.py:imagenet",
+        "--work=input",
+        "--batch_size=50",
+        f"--pictures={options.pictures}",
+        "--peer=timm",
+        f"--peer_python={options.peer_python}",
+        "--rounds=7",
+    )
+
+
+def start(options: argparse.Namespace) -> list[dict]:
+    """Seconds from the command to the first finished step, without and with kept programs."""
+    times: dict[str, list[float]] = {"cold": [], "warm": []}
+    line = [sys.executable, "-m", "vit_jax.main", "--config=configs/cvt.py", "--config.log_every=1"]
+    for _ in range(STARTS):
+        programs = tempfile.mkdtemp()
+        for kind in times:
+            workdir = tempfile.mkdtemp()
+            shutil.rmtree(workdir)
+            began = time.perf_counter()
+            process = subprocess.Popen(
+                [*line, f"--workdir={workdir}"],
+                stdout=subprocess.PIPE,
+                env=os.environ | {"XDG_CACHE_HOME": programs},
+                text=True,
+            )
+            for text in process.stdout:
+                if text.startswith("step 1/"):
+                    times[kind].append(time.perf_counter() - began)
+                    break
+            process.kill()
+            process.wait()
+            process.stdout.close()
+            shutil.rmtree(workdir, ignore_errors=True)
+        shutil.rmtree(programs)
+        print({k: [round(t, 1) for t in v] for k, v in times.items()}, flush=True)
+    return [{"start": kind, "seconds": values} for kind, values in times.items()]
+
+
+PARTS = {"cpu": cpu, "gpu": gpu, "input": read, "start": start}
+
+
+def keep(part: str, rows: list[dict]) -> None:
+    """Writes the part's rows in the place of those there."""
+    found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+
+    def title(row: dict) -> tuple:
+        return tuple(row.get(k) for k in ("model", "work", "batch_size", "dtype", "start"))
+
+    new = {title(row) for row in rows}
+    found[part] = [row for row in found.get(part, []) if title(row) not in new] + rows
+    RESULT.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def best(row: dict) -> tuple[str, float] | None:
+    """The faster peer, and ours / theirs in images/s; None without one."""
+    ratios = {name: ratio[1] for name, ratio in row["ratios"].items()}
+    name = min(ratios, key=ratios.get, default=None)
+    return (name, ratios[name]) if name else None
+
+
+def table(found: dict) -> str:
+    """All numbers in Markdown."""
+    lines = [
+        "| work | batch | ours, images/s | faster peer, images/s | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for part in ("cpu", "gpu", "input"):
+        for row in found.get(part, []):
+            ours, name = row["sides"]["ours"], best(row)
+            title = f"{row.get('model') or 'ImageNet pipeline'}, {row['work']}, {row['dtype']}"
+            cells = [title, row["batch_size"], f"{ours['images_per_second']:.3g}"]
+            if name:
+                theirs = row["sides"][name[0]]["images_per_second"]
+                cells += [f"{theirs:.3g} ({name[0]})", f"**{name[1]:.2f}**"]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    for row in found.get("start", []):
+        middle = statistics.median(row["seconds"])
+        lines.append(
+            f"| `configs/cvt.py`, {row['start']}, to the first step | 64 | {middle:.1f} s | | |"
+        )
+    return "\n".join(lines)
+
+
+def draw(found: dict) -> None:
+    """Ratios as bars; the line is the peer."""
+    rows = [r for part in ("cpu", "gpu", "input") for r in found.get(part, []) if best(r)]
+    if not rows:
+        return
+    figure = Figure(figsize=(7, 0.8 + 0.28 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    names = [f"{r.get('model') or 'pipeline'}, {r['work']}, {r['batch_size']}" for r in rows]
+    values = [best(r)[1] for r in rows]
+    axes.barh(names, values, color=["#0072B2" if v >= 1 else "#D55E00" for v in values])
+    for place, value in enumerate(values):
+        axes.text(value, place, f" {value:.2f}", va="center", fontsize=8)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlabel("our images/s over those of the faster of PyTorch eager and compiled")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(HERE / "ratios.png", dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=[*PARTS, "draw"])
+    parser.add_argument("--peer_python", default=sys.executable)
+    parser.add_argument("--pictures", default="")
+    parser.add_argument("--only", default="training,inference")
+    options = parser.parse_args()
+    if options.part != "draw":
+        keep(options.part, PARTS[options.part](options))
+    found = json.loads(RESULT.read_text())
+    print(table(found))
+    draw(found)
+
+
+if __name__ == "__main__":
+    main()
