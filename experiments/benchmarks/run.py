@@ -43,7 +43,7 @@ def cpu(options: argparse.Namespace) -> list[dict]:
     """Training at batch 8, inference at 1, 8 and 32, float32."""
     peer = ["--peer=transformers", f"--peer_python={options.peer_python}"]
     rows = []
-    for model in MODELS:
+    for model in options.models or MODELS:
         if "training" in options.only:
             rows += benchmark(model, "--work=training", "--batch_size=8", *peer)
         if "inference" in options.only:
@@ -55,10 +55,11 @@ def cpu(options: argparse.Namespace) -> list[dict]:
 def gpu(options: argparse.Namespace) -> list[dict]:
     """Training and inference in bfloat16, of batches that fill the device."""
     rows = []
-    for model in LARGE:
+    for model in options.models or LARGE:
         library = "transformers" if model.startswith("cvt") else "timm"
         rows += benchmark(
             model,
+            f"--work={options.only}",
             "--dtype=bfloat16",
             "--batch_size=128",
             f"--peer={library}",
@@ -139,10 +140,7 @@ def best(row: dict) -> tuple[str, float] | None:
 
 def table(found: dict) -> str:
     """All numbers in Markdown."""
-    lines = [
-        "| work | batch | ours, images/s | faster peer, images/s | ratio |",
-        "|---|---|---|---|---|",
-    ]
+    lines = ["| work | batch | ours, images/s | faster peer, images/s | ratio |", "|---" * 5 + "|"]
     for part in ("cpu", "gpu", "input"):
         for row in found.get(part, []):
             ours, name = row["sides"]["ours"], best(row)
@@ -154,9 +152,8 @@ def table(found: dict) -> str:
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     for row in found.get("start", []):
         middle = statistics.median(row["seconds"])
-        lines.append(
-            f"| `configs/cvt.py`, {row['start']}, to the first step | 64 | {middle:.1f} s | | |"
-        )
+        title = f"`configs/cvt.py`, {row['start']}, to the first step"
+        lines.append(f"| {title} | 64 | {middle:.1f} s | | |")
     return "\n".join(lines)
 
 
@@ -186,6 +183,7 @@ def main() -> None:
     parser.add_argument("--peer_python", default=sys.executable)
     parser.add_argument("--pictures", default="")
     parser.add_argument("--only", default="training,inference")
+    parser.add_argument("--models", nargs="*", default=())
     options = parser.parse_args()
     if options.part != "draw":
         keep(options.part, PARTS[options.part](options))
