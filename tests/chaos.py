@@ -2,12 +2,14 @@
 
     python tests/chaos.py --kills=200 --seeds=5 --configs=vit,cvt,swin --out=chaos
     python tests/chaos.py --kills=0 --terms=50 --out=chaos
+    python tests/chaos.py --kills=0 --terms=50 --processes=2 --out=chaos_of_two
 
 Each run is `python -m vit_jax.main` on a shrunk config, killed (SIGKILL) at moments drawn from the
 seed and started again until it is done; then its state, rows and curves are compared with those of
 a run that nobody disturbed. With `--terms` the same with SIGTERM and Ctrl-C, which must lose
-nothing. Results go to `results.json` in the folder `--out` as they come: the same command goes on
-where it was stopped. The exit status is 1 if a promise was broken.
+nothing; with `--processes=2` a run is two processes, of which one or both get the signal. Results
+go to `results.json` in the folder `--out` as they come: the same command goes on where it was
+stopped. The exit status is 1 if a promise was broken.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -54,13 +57,14 @@ AT_ONCE = 1.0  # seconds from a second signal to the end
 
 @dataclass
 class Life:
-    """One process of a run, from its start to its end."""
+    """One process of a run, from its start to its end; or several that make up one."""
 
     name: str  # of the config
     seed: int
     workdir: Path
     environment: dict[str, str]
     workers: int = 0
+    processes: int = 1
     seen: set[str] = field(default_factory=set)  # unfinished checkpoints of earlier lives
 
     def __post_init__(self):
@@ -73,9 +77,20 @@ class Life:
         self.seen = self.unfinished()
         self.log = self.workdir.parent / f"{self.workdir.name}.log"
         self.began = time.monotonic()
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                [*argv, f"--workdir={self.workdir}"],
+        argv += [f"--workdir={self.workdir}"]
+        if self.processes > 1:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                argv.append(f"--coordinator=127.0.0.1:{probe.getsockname()[1]}")
+            argv.append(f"--processes={self.processes}")
+        self.all = [self._start(argv, number) for number in range(self.processes)]
+        self.process = self.all[0]
+
+    def _start(self, argv: list[str], number: int) -> subprocess.Popen:
+        several = [f"--process={number}"] if self.processes > 1 else []
+        with open(f"{self.log}.{number}" if number else self.log, "wb") as log:
+            return subprocess.Popen(
+                [*argv, *several],
                 cwd=ROOT,
                 env=self.environment,
                 stdout=log,
@@ -136,18 +151,24 @@ class Life:
     def wait(self) -> int:
         """The exit status; of a hung process, after it was ended, that of SIGKILL."""
         try:
-            return self.process.wait(PATIENCE)
+            for process in self.all:
+                process.wait(PATIENCE)
+            return self.process.returncode
         except subprocess.TimeoutExpired:
             self.end()
             return -signal.SIGKILL
 
     def end(self) -> None:
         """Ends it at once, with all its descendants."""
-        family = [self.process.pid, *descendants(self.process.pid)]
-        for number in family:
+        for number in [*(process.pid for process in self.all), *self.family()]:
             if alive(number):
                 os.kill(number, signal.SIGKILL)
-        self.process.wait()
+        for process in self.all:
+            process.wait()
+
+    def family(self) -> list[int]:
+        """Process ids of all that it has started."""
+        return [number for process in self.all for number in descendants(process.pid)]
 
 
 def descendants(number: int) -> list[int]:
@@ -268,7 +289,8 @@ class Chaos:
         self.began, self.before = time.monotonic(), self.done()
         self.environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": XLA_FLAGS,
+            "XLA_FLAGS": XLA_FLAGS.replace("count=2", f"count={2 // options.processes}"),
+            "JAX_ENABLE_COMPILATION_CACHE": "true",
             "PYTHONPATH": str(ROOT),
             # The very program that the undisturbed run compiled.
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "programs"),
@@ -314,7 +336,7 @@ class Chaos:
         for life in count():
             chance = random.Random(f"{self.options.random} {kind} {name} {seed} {len(own())}")
             workers = 2 * (kind == "signals" and len(own()) % 2)
-            process = Life(name, seed, workdir, self.environment, workers)
+            process = Life(name, seed, workdir, self.environment, workers, self.options.processes)
             earlier = [r for r in own() if r["run"] == number][-1:]
             found = disturb(process, chance) if len(own()) < wanted else {}
             status = process.wait()
@@ -366,7 +388,8 @@ class Chaos:
         done = self.folder / "undisturbed" / f"{name}-{seed}.json"
         if not done.exists():
             shutil.rmtree(workdir, ignore_errors=True)
-            process = Life(name, seed, workdir, self.environment)
+            several = {"processes": self.options.processes}
+            process = Life(name, seed, workdir, self.environment, **several)
             if process.wait():
                 raise SystemExit(f"the undisturbed run failed:\n{process.text()}")
             done.write_text(json.dumps(outcome(workdir)))
@@ -420,6 +443,8 @@ def interrupt(life: Life, chance: random.Random) -> dict[str, Any]:
     number = chance.choice((signal.SIGTERM, signal.SIGINT))
     aim = chance.choice(("step", "evaluation", "save", "compilation"))
     group, twice = chance.random() < 0.5, chance.random() < 0.2
+    twice &= life.processes == 1  # else the others are ended by the runtime, which takes longer
+    chosen = life.all if group else [chance.choice(life.all)]
     if aim == "compilation":
         life.until(lambda: "compiling" in life.text())
         time.sleep(chance.uniform(0, 0.5))
@@ -434,15 +459,20 @@ def interrupt(life: Life, chance: random.Random) -> dict[str, Any]:
         time.sleep(chance.uniform(0, 2))
     if life.process.poll() is not None:
         return {}
-    family = descendants(life.process.pid)
-    send = os.killpg if group else os.kill
-    send(life.process.pid, number)
+    family = life.family()
+
+    def send() -> None:
+        for process in chosen:
+            if process.poll() is None:
+                (os.killpg if group else os.kill)(process.pid, number)
+
+    send()
     began = time.monotonic()
     if twice:
         try:
             life.process.wait(chance.uniform(0, 0.05))
         except subprocess.TimeoutExpired:
-            send(life.process.pid, number)
+            send()
             began = time.monotonic()
     status = life.wait()
     seconds = time.monotonic() - began
@@ -453,8 +483,14 @@ def interrupt(life: Life, chance: random.Random) -> dict[str, Any]:
     if seconds > (AT_ONCE if twice else ON_TIME):
         problems.append(f"{found}: left after {seconds:.1f} s")
     # A second signal is the system's own: the process is ended by it, which a shell shows as 143.
-    if status not in ((0, 128 + number, -number) if twice else (0, 128 + number)):
+    allowed = {0, 128 + number} | ({-number} if twice else set())
+    allowed |= {128 + signal.SIGTERM} if life.processes > 1 else set()
+    if status not in allowed:
         problems.append(f"{found}: exit status {status}")
+    # One that was told by the others stops as if by SIGTERM.
+    for process in life.all[1:]:
+        if process.returncode not in (0, 128 + number, 128 + signal.SIGTERM):
+            problems.append(f"{found}: exit status {process.returncode} of another process")
     if status == 0:  # it came after the last step
         return {"problems": problems} if problems else {}
     return found | {"problems": problems}
@@ -537,9 +573,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--terms", type=int, default=0, help="SIGTERM and SIGINT, the same")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--configs", default="vit,cvt,swin", help="files of configs, with a tiny")
+    parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="of a run")
     parser.add_argument("--random", type=int, default=0, help="seed of the moments")
     parser.add_argument("--out", default="chaos", help="folder of runs and results")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.kills and options.processes > 1:
+        parser.error("--kills of one process of several: see tests/test_processes.py; --kills=0")
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:
