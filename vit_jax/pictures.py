@@ -209,7 +209,7 @@ def _value(value: float, percent: bool) -> str:
 
 def _words(name: str) -> str:
     """What a number is called above a panel: abbreviations in capitals."""
-    written = {"ap": "AP", "miou": "mIoU", "pq": "PQ"}
+    written = {"ap": "AP", "miou": "mIoU", "pq": "PQ", "bleu4": "BLEU-4"}
     return written.get(name, name.replace("_", " "))
 
 
@@ -238,14 +238,14 @@ def _columns(cell: int) -> int:
 
 def predictions(
     workdir_or_path: str | Path,
-    pictures: Sequence[tuple[np.ndarray, str, bool]],
+    pictures: Sequence[tuple[np.ndarray, str, bool | None]],
     cell: int = CELL,
 ) -> Path:
     """Draws predictions.png: pictures with a green frame where right and a red one where wrong.
 
     Args:
       workdir_or_path: the picture's path, or the folder of a predictions.png.
-      pictures: (uint8 [H, W, 3] of any size, title, whether it is right).
+      pictures: (uint8 [H, W, 3] of any size, title, whether it is right; None has no frame).
       cell: pixels that the longer side of each has on the sheet, about.
 
     Returns:
@@ -253,13 +253,14 @@ def predictions(
     """
     path = Path(workdir_or_path)
     path = path / "predictions.png" if path.is_dir() else path
-    right = sum(bool(right) for _, _, right in pictures)
+    judged = [right for _, _, right in pictures if right is not None]
+    header = f"{sum(map(bool, judged))} of {len(judged)} right"
     return _sheet(
         path,
         [picture for picture, _, _ in pictures],
         [title for _, title, _ in pictures],
-        [GREEN if right else ORANGE for _, _, right in pictures],
-        f"{right} of {len(pictures)} right",
+        [None if right is None else GREEN if right else ORANGE for _, _, right in pictures],
+        header if judged or not pictures else f"{len(pictures)} held-out pictures",
         cell,
     )
 

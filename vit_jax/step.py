@@ -35,14 +35,14 @@ class TrainState:
 
 
 def inputs(model: nn.Module, batch: Batch) -> dict[str, jax.Array]:
-    """The batch entries that the model's signature names.
+    """The batch entries that the model's signature names, before what is by keyword only.
 
     Raises:
       ValueError: if the batch lacks an entry that has no default.
     """
     chosen = {}
     for name, parameter in inspect.signature(type(model).__call__).parameters.items():
-        if name in ("self", "train"):
+        if name == "self" or parameter.kind is parameter.KEYWORD_ONLY:
             continue
         if name in batch:
             chosen[name] = batch[name]

@@ -6,8 +6,8 @@ import time
 import jax
 
 from vit_jax import checkpoint, main, mesh, step
-from vit_jax.standin import StandIn
 from vit_jax.run import set_up
+from vit_jax.standin import StandIn
 
 ARGUMENTS = ["--config=experiments/launch/pod.py:l16", "--config.batch_size=2"]
 

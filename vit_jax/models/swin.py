@@ -193,6 +193,8 @@ class Swin(nn.Module):
       drop_path: rate of the last block; the first has 0, on a line between, through all stages.
       dropout: rate after the embedding, the attentions and the MLPs' layers.
       attention_dropout: rate on the attention weights.
+      norm_map: whether the last map is the normalised one that the description is the mean of, as
+        pre-training by hidden patches reads it.
       dtype: of the computation; parameters stay float32.
       scan: compiles one pair of blocks per stage and loops over it.
       remat: recomputes activations in the backward pass instead of keeping them.
@@ -210,13 +212,22 @@ class Swin(nn.Module):
     drop_path: float = 0.0
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    norm_map: bool = False
     dtype: jnp.dtype = jnp.float32
     scan: bool = False
     remat: bool = False
 
     @nn.compact
-    def __call__(self, image: Array, *, train: bool) -> Features:
+    def __call__(
+        self, image: Array, *, corrupt: Callable[[Array], Array] | None = None, train: bool
+    ) -> Features:
         """[B, H, W, 3] -> maps of each stage before any final normalisation, and a description.
+
+        Args:
+          image: the pictures.
+          corrupt: what becomes of the normalised patches before the first stage, [B, h, w, C] ->
+            the same shape: `models.masked` puts mask tokens there.
+          train: whether dropout and drop path act.
 
         Returns:
           `maps`: [B, h, w, C * 2**i] for stage i from 0, h = ceil(ceil(H / patch) / 2**i).
@@ -237,7 +248,8 @@ class Swin(nn.Module):
             dtype=self.dtype,
         )
         merge = partial(PatchMerging, epsilon=self.epsilon, dtype=self.dtype)
-        return pyramid(self, image, [block] * len(self.depths), merge, train=train)
+        blocks = [block] * len(self.depths)
+        return pyramid(self, image, blocks, merge, corrupt=corrupt, train=train)
 
 
 def _small_bias(
@@ -257,6 +269,7 @@ def pyramid(
     blocks: Sequence[Callable[..., nn.Module]],
     merge: Callable[..., nn.Module],
     *,
+    corrupt: Callable[[Array], Array] | None = None,
     train: bool,
 ) -> Features:
     """Patches, stages of blocks, a last normalisation: what both Swins are around their blocks.
@@ -268,6 +281,7 @@ def pyramid(
       image: [B, H, W, 3].
       blocks: for each stage, what makes a block from `heads`, `shifted` and `name`.
       merge: makes a patch merging from `name`.
+      corrupt: as of `Swin`.
       train: whether dropout and drop path act.
 
     Returns:
@@ -289,6 +303,8 @@ def pyramid(
         name="embed",
     )(windows.pad_to_multiple(image, model.patch))
     x = norm(name="embed_norm")(x)
+    if corrupt is not None:
+        x = corrupt(x)
     x = nn.Dropout(model.dropout, deterministic=not train)(x)
     rates = drop_path_rates(model.drop_path, sum(model.depths))
     maps = []
@@ -303,8 +319,10 @@ def pyramid(
             name=f"stage_{i + 1}",
         )(x, train=train)
         maps.append(x)
-    pooled = norm(name="norm")(x).mean((1, 2))
-    return Features(maps=tuple(maps), pooled=pooled)
+    x = norm(name="norm")(x)
+    if model.norm_map:
+        maps[-1] = x
+    return Features(maps=tuple(maps), pooled=x.mean((1, 2)))
 
 
 swin_t = partial(Swin, width=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24))

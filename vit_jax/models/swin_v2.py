@@ -1,5 +1,6 @@
 """Swin Transformer V2: cosine attention, norms behind the branches, biases for any window."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -128,6 +129,7 @@ class SwinV2(nn.Module):
       drop_path: rate of the last block; the first has 0, on a line between, through all stages.
       dropout: rate after the embedding, the attentions and the MLPs' layers.
       attention_dropout: rate on the attention weights.
+      norm_map: as of `Swin`.
       dtype: of the computation; parameters stay float32.
       scan: compiles one pair of blocks per stage and loops over it.
       remat: recomputes activations in the backward pass instead of keeping them.
@@ -146,13 +148,21 @@ class SwinV2(nn.Module):
     drop_path: float = 0.0
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    norm_map: bool = False
     dtype: jnp.dtype = jnp.float32
     scan: bool = False
     remat: bool = False
 
     @nn.compact
-    def __call__(self, image: Array, *, train: bool) -> Features:
+    def __call__(
+        self, image: Array, *, corrupt: Callable[[Array], Array] | None = None, train: bool
+    ) -> Features:
         """[B, H, W, 3] -> maps of each stage before any final normalisation, and a description.
+
+        Args:
+          image: the pictures.
+          corrupt: as of `Swin`.
+          train: whether dropout and drop path act.
 
         Returns:
           `maps`: [B, h, w, C * 2**i] for stage i from 0, h = ceil(ceil(H / patch) / 2**i).
@@ -185,7 +195,7 @@ class SwinV2(nn.Module):
                 )
             )
         merge = partial(PatchMerging, norm_last=True, epsilon=self.epsilon, dtype=self.dtype)
-        return pyramid(self, image, blocks, merge, train=train)
+        return pyramid(self, image, blocks, merge, corrupt=corrupt, train=train)
 
     def _side(self, stage: int) -> int:
         """The shorter side of a stage's map, for images of `image_size`."""

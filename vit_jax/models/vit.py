@@ -1,5 +1,6 @@
 """ViT, and the hybrid ViT whose patches are cut from a CNN's map."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -9,13 +10,14 @@ from flax import linen as nn
 
 from vit_jax.contracts import Array, Features
 from vit_jax.errors import nearest
+from vit_jax.layers.attention_pool import AttentionPool
 from vit_jax.layers.patches import PatchEmbed, grid_size
 from vit_jax.layers.position import LearnedPositions, sincos_positions
 from vit_jax.layers.residual import HybridStem
 from vit_jax.layers.transformer import EncoderBlock, drop_path_rates, tapped_blocks
 
 # What of the last block's output describes the image; see `ViT`.
-POOLINGS = ("token", "mean", "mean_norm", "token+mean", "tokens")
+POOLINGS = ("token", "mean", "mean_norm", "token+mean", "tokens", "attention")
 POSITIONS = ("learned", "sincos", "sincos_closed")
 
 
@@ -25,14 +27,17 @@ class ViT(nn.Module):
 
     With other numbers it is DeiT (Touvron et al. 2021, arXiv:2012.12877) and the encoder of MAE (He
     et al. 2022, arXiv:2111.06377); with layer scale, DeiT III (arXiv:2204.07118) and DINOv2 (Oquab
-    et al. 2023, arXiv:2304.07193); with registers, Darcet et al. 2024 (arXiv:2309.16588).
+    et al. 2023, arXiv:2304.07193); with registers, Darcet et al. 2024 (arXiv:2309.16588); with a
+    norm before the blocks, the image encoder of CLIP (Radford et al. 2021, arXiv:2103.00020), and
+    with pooling "attention" that of SigLIP (Zhai et al. 2023, arXiv:2303.15343).
 
     An image may have any size that the patch divides. Where that is not `image_size`, learned
     positions are resampled (section 3.2), and fixed ones are those of the new grid.
 
-    Parameters: `stem` in a hybrid, `embed`, `class_token` unless the pooling is "mean",
-    `distillation_token`, `register_token`, `position` where it is learned, `block_0`, `block_1`,
-    ... (with `scan` one `blocks` with a leading axis), `norm`.
+    Parameters: `stem` in a hybrid, `embed`, `class_token` unless the pooling is "mean" or
+    "attention", `distillation_token`, `register_token`, `position` where it is learned, `pre_norm`,
+    `block_0`, `block_1`, ... (with `scan` one `blocks` with a leading axis), `norm`,
+    `attention_pool`.
 
     Attributes:
       patch: side of a patch, in pixels of the image, or of the CNN's map in a hybrid.
@@ -49,6 +54,8 @@ class ViT(nn.Module):
         "token+mean": the normalised class token and the mean of the normalised patches, side by
         side: DINOv2's classifier in transformers.
         "tokens": the normalised class and distillation token, side by side: DeiT.
+        "attention": what a learned query gathers from the normalised patches, without a class
+        token: `layers.attention_pool.AttentionPool`.
       distilled: whether a distillation token follows the class token: Touvron et al. 2021, section
         4; always with pooling "tokens".
       registers: how many tokens without a position lie between those and the patches.
@@ -64,6 +71,8 @@ class ViT(nn.Module):
         trained with `gelu_tanh`; ports of them to PyTorch compute `gelu`.
       epsilon: of the layer norms.
       qkv_bias: whether query, key and value have a bias.
+      patch_bias: whether the map of the patches has one.
+      pre_norm: whether the tokens are normalised before the first block.
       layer_scale: None, or what the gains of `layers.transformer.LayerScale` start at.
       taps: numbers of blocks, from 0, whose patches are the maps, as they leave the block; () is
         the last block's, normalised. SETR reads several depths.
@@ -95,6 +104,8 @@ class ViT(nn.Module):
     activation: str = "gelu"
     epsilon: float = 1e-6
     qkv_bias: bool = True
+    patch_bias: bool = True
+    pre_norm: bool = False
     layer_scale: float | None = None
     taps: tuple[int, ...] = ()
     drop_path: float = 0.0
@@ -108,13 +119,27 @@ class ViT(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, image: Array, *, train: bool) -> Features:
+    def __call__(
+        self,
+        image: Array,
+        *,
+        corrupt: Callable[[Array], Array] | None = None,
+        visible: Array | None = None,
+        train: bool,
+    ) -> Features:
         """[B, H, W, 3] -> the patches as a map, and a description.
+
+        Args:
+          image: the pictures.
+          corrupt: what becomes of the patches before they get their positions, [B, h, w, D] -> the
+            same shape: `models.masked` puts mask tokens there.
+          visible: int [B, n], places of the patches that the blocks see, row by row; None is all.
+          train: whether dropout and drop path act.
 
         Returns:
           `maps`: one map [B, h, w, D], or one for each of `taps`; h = H / patch, or H over patch
             and the CNN's stride. It is normalised, but not with `taps`, nor with pooling
-            "mean_norm", whose norm knows means only.
+            "mean_norm", whose norm knows means only. With `visible` it is [B, 1, n, D].
           `pooled`: [B, D], or [B, 2D] with pooling "token+mean" and "tokens".
 
         Raises:
@@ -137,20 +162,29 @@ class ViT(nn.Module):
                 self.dtype,
                 name="stem",
             )(x)
-        x = PatchEmbed(self.width, self.patch, self.dtype, name="embed")(x)  # [B, h, w, D]
+        embed = PatchEmbed(self.width, self.patch, self.dtype, self.patch_bias, name="embed")
+        x = embed(x)  # [B, h, w, D]
+        if corrupt is not None:
+            x = corrupt(x)
         x = rearrange(x, "b h w d -> b (h w) d")
 
-        names = [] if self.pooling == "mean" else ["class_token"]
+        names = [] if self.pooling in ("mean", "attention") else ["class_token"]
         if self.distilled or self.pooling == "tokens":
             names.append("distillation_token")
         tokens = [self._token(name, 1, x) for name in names]
         x = jnp.concatenate([*tokens, x], 1)  # [B, tokens + h w, D]
         x = x + self._positions(size, stride, len(tokens)).astype(x.dtype)[None]
+        if visible is not None:
+            patches = jnp.take_along_axis(x[:, len(tokens) :], visible[..., None], 1)
+            x = jnp.concatenate([x[:, : len(tokens)], patches], 1)  # [B, tokens + n, D]
+            size = (1, visible.shape[1])
         leading = len(tokens) + self.registers
         if self.registers:
             registers = self._token("register_token", self.registers, x)
             x = jnp.concatenate([x[:, : len(tokens)], registers, x[:, len(tokens) :]], 1)
         x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
+        if self.pre_norm:
+            x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="pre_norm")(x)
 
         block = partial(
             EncoderBlock,
@@ -181,10 +215,23 @@ class ViT(nn.Module):
                 "mean": lambda: patches.mean(1),
                 "token+mean": lambda: jnp.concatenate([x[:, 0], patches.mean(1)], -1),
                 "tokens": lambda: jnp.concatenate([x[:, 0], x[:, 1]], -1),
+                "attention": lambda: self._gathered(patches, train),
             }[self.pooling]()
         kept = [tokens[:, leading:] for tokens in tapped] if self.taps else [patches]
         maps = tuple(rearrange(p, "b (h w) d -> b h w d", h=size[0]) for p in kept)
         return Features(maps=maps, pooled=pooled)
+
+    def _gathered(self, patches: jax.Array, train: bool) -> jax.Array:
+        """[B, N, D] -> [B, D], by a learned query."""
+        pool = AttentionPool(
+            self.heads,
+            self.mlp_ratio,
+            self.activation,
+            self.epsilon,
+            self.dtype,
+            name="attention_pool",
+        )
+        return pool(patches, train=train)
 
     def _token(self, name: str, number: int, x: jax.Array) -> jax.Array:
         """Learned tokens for each image of `x`: [B, number, D]."""

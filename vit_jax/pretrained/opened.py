@@ -110,7 +110,7 @@ def _with(spec: Any, fields: dict[str, Any]) -> Any:
 
 
 def backbone_fields(module: nn.Module) -> dict[str, Any]:
-    """A spec of a module with all its fields, whatever partial it was built by; and of those in it."""
+    """A spec of a module with all its fields, whatever partial made it; modules in it likewise."""
     kind = type(module)
     target = f"{kind.__module__.removeprefix('vit_jax.')}.{kind.__qualname__}"
     fields = {
