@@ -13,7 +13,17 @@ ROOT = Path(__file__).parent.parent
 # The shell, from the outside in: each may import those after it, and all of the core. A command
 # that nobody imports joins at the front.
 SHELL = (
-    *("benchmark", "workload", "vit_jax", "export", "predict", "search", "zero_shot", "stream", "describe"),
+    *(
+        "benchmark",
+        "workload",
+        "vit_jax",
+        "export",
+        "predict",
+        "search",
+        "zero_shot",
+        "stream",
+        "describe",
+    ),
     "plan",
     *("tokenizer", "main", "dry_run", "train", "evaluate", "run", "vocabulary", "pretrained"),
     "command",
@@ -38,7 +48,10 @@ LAW = {  # what each part may import of the package, besides itself and `errors`
     "data.pipeline": {"data", "contracts"},
     **{p: {*SHELL[i + 1 :], *CORE, "contracts"} for i, p in enumerate(SHELL)},
     "plan": {*SHELL[SHELL.index("plan") + 1 :], *CORE, "contracts", "chips", "hlo"},
-    **{p: {*SHELL[5:], *CORE, "contracts", "data", "found"} for p in ("predict", "search", "stream")},
+    **{
+        p: {*SHELL[5:], *CORE, "contracts", "data", "found"}
+        for p in ("predict", "search", "stream")
+    },
     "tokenizer": {"main", "vocabulary", "command", *CORE, "contracts", "data"},
     "vocabulary": {"pretrained", *CORE, "contracts", "data"},
     "found": {"tasks", "boxes", "contracts", "data"},

@@ -13,6 +13,7 @@ A batch is a flat dictionary of arrays. The names below are the only place a for
     segmentation  [B, H, W] int32, 255 is ignored
     tokens        [B, T] int32: start, words, end, padding; 1, ..., 2, 0 in vocabularies of our own
     patch_mask    [B, h, w] bool, True is hidden
+    patch_source  [B, h, w] int32: -1 is the mask token, else the place of the patch seen there
     masks         [B, M, H, W] bool, the pixels of each object that can be seen
     stop          [B] bool, True on the rows of a process that was asked to stop; of several only
 
@@ -20,7 +21,8 @@ An example's `boxes` are [m, 4] float32 (x0, y0, x1, y1) in pixels; it may have 
 `area` [m], in pixels, besides. Its `captions` are a tuple of str, of which `data.text.Tokenize`
 makes `tokens`.
 
-A model's `__call__(self, image, *, train)` names the batch entries it reads, and sees no others.
+A model's `__call__(self, image, *, train)` names the batch entries it reads, and sees no others;
+what it takes by keyword only is no batch entry.
 """
 
 from collections.abc import Callable, Iterable
@@ -112,8 +114,11 @@ class Task(Protocol):
 
     def draw(
         self, image: np.ndarray, example: Example, prediction: Predictions, names: tuple[str, ...]
-    ) -> tuple[np.ndarray, str, bool]:
-        """One uint8 picture with its prediction -> (picture, title, whether it is right)."""
+    ) -> tuple[np.ndarray, str, bool | None]:
+        """One uint8 picture with its prediction -> (picture, title, whether it is right).
+
+        None where nothing is right or wrong.
+        """
         ...
 
     def draw_target(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax import command
+from vit_jax import command, programs
 from vit_jax.errors import CheckpointError, ConfigError
 
 USAGE = """Writes a checkpoint for other programs, opens what was written, and compares its logits
@@ -199,6 +199,9 @@ def _compare(loaded: Any, call: Callable[..., Any], batches: tuple[int, ...] = B
     for rows in batches:
         image = random.normal(size=(rows, *_size(loaded), 3)).astype(np.float32)
         batch = {"image": image}
+        if "tokens" in loaded.recipe.inputs:
+            shape, dtype = loaded.recipe.inputs["tokens"]
+            batch["tokens"] = random.integers(1, 9, (rows, *shape)).astype(dtype)
         if "image_mask" in loaded.reads:
             batch["image_mask"] = mask = np.ones(image.shape[:3], bool)
             mask[0, image.shape[1] // 2 :] = mask[0, :, image.shape[2] // 2 :] = False
@@ -259,6 +262,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         command.quiet()
+        programs.keep()
         from vit_jax.pretrained.load import load
 
         loaded = load(options.checkpoint, dtype=options.dtype, image_size=options.image_size)

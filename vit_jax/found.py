@@ -2,7 +2,7 @@
 
 A row is a dictionary with some of `label`, `name`, `probability`, `share` (of the picture's
 pixels), `bbox` ([x, y, width, height] in the picture's own pixels, of its upper left corner) and
-`segmentation` (COCO's run lengths over the whole picture).
+`segmentation` (COCO's run lengths over the whole picture); of a picture restored, its `loss`.
 """
 
 import csv
@@ -19,8 +19,11 @@ from vit_jax import boxes as geometry
 from vit_jax.contracts import Predictions, Task
 from vit_jax.data.geometry import boxes_of_masks
 from vit_jax.errors import ConfigError
+from vit_jax.tasks.captioning import Captioning
 from vit_jax.tasks.classification import Classification
+from vit_jax.tasks.contrastive import Similarity
 from vit_jax.tasks.detection import Detection, masks_on
+from vit_jax.tasks.masked import MaskedColours, MaskedPixels
 from vit_jax.tasks.panoptic import Panoptic, merged
 from vit_jax.tasks.segmentation import Segmentation, labels_on, name_of
 
@@ -38,11 +41,18 @@ class Kind:
       columns: of a CSV, besides the picture and the rank.
       places: whether it says where in the picture; then JSON has COCO's form, and the task can
         draw a picture of which nothing is known.
+      shows: whether the task can draw such a picture although it says no places.
     """
 
     rows: Callable[[Any, Predictions, tuple[int, int], Names], list[Row]]
     columns: tuple[str, ...]
     places: bool = True
+    shows: bool = False
+
+    @property
+    def draws(self) -> bool:
+        """Whether the task can draw a picture of which nothing is known."""
+        return self.places or self.shows
 
 
 def _classes(task: Classification, prediction: Predictions, size: Any, names: Names) -> list[Row]:
@@ -92,12 +102,32 @@ def _areas(
     return rows
 
 
+def _restored(
+    task: MaskedPixels | MaskedColours, prediction: Predictions, size: Any, names: Names
+) -> list[Row]:
+    share, loss = (float(np.mean(prediction[name])) for name in ("patch_mask", "loss"))
+    return [{"share": share, "loss": loss, "name": f"hidden, restored with a loss of {loss:.4g}"}]
+
+
+def _likeness(task: Similarity, prediction: Predictions, size: Any, names: Names) -> list[Row]:
+    return [{"name": names[0], "similarity": float(prediction["similarity"])}]
+
+
+def _sentence(task: Captioning, prediction: Predictions, size: Any, names: Names) -> list[Row]:
+    probability = float(np.exp(prediction["log_prob"]))
+    return [{"name": task.text(prediction["generated"]), "probability": probability}]
+
+
 # A task comes before what it is a kind of.
 KINDS: dict[type, Kind] = {
     Classification: Kind(_classes, ("label", "name", "probability"), places=False),
     Panoptic: Kind(_segments, ("label", "name", "probability", "share", *CORNERS)),
     Detection: Kind(_objects, ("label", "name", "probability", *CORNERS)),
+    MaskedPixels: Kind(_restored, ("share", "loss")),
+    MaskedColours: Kind(_restored, ("share", "loss")),
     Segmentation: Kind(_areas, ("label", "name", "share")),
+    Captioning: Kind(_sentence, ("name", "probability"), places=False, shows=True),
+    Similarity: Kind(_likeness, ("name", "similarity"), places=False),
 }
 
 

@@ -38,6 +38,7 @@ DEFAULTS = {
     "freeze": "",
     "layer_decay": 1.0,
     "lr_scale": (),
+    "clamp": (),
 }
 _RANGES = {  # key: (what is wanted, whether a number is that)
     "weight_decay": ("at least 0", lambda v: 0 <= v < math.inf),
@@ -172,7 +173,8 @@ def make(
     In this order: frozen parameters leave, so that they get no update, hold no state and count in
     no norm; the gradient is clipped to the global norm `clip`; the optimizer gives a direction;
     weight decay joins it; all is scaled by the schedule, `layer_decay` and `lr_scale`. So weight
-    decay is in proportion to a parameter's own learning rate, with every optimizer.
+    decay is in proportion to a parameter's own learning rate, with every optimizer. At last `clamp`
+    cuts the update of a parameter that would leave its range.
 
     - adamw: Loshchilov & Hutter 2019 (arXiv:1711.05101), algorithm 2; reads b1, b2, epsilon.
     - sgd: reads momentum, nesterov. Weight decay joins the gradient before the momentum, as in
@@ -194,7 +196,8 @@ def make(
       spec: values for keys of `DEFAULTS`. `no_decay`, `freeze` and the first entry of each pair
         (pattern, factor) of `lr_scale` are regular expressions; all factors that match multiply.
         `no_decay` chooses parameters without weight decay: None is `NO_DECAY`, "" is none of them.
-        Parameters of one axis have none either, unless `decay_1d`.
+        Parameters of one axis have none either, unless `decay_1d`. `clamp` holds triples (pattern,
+        least, most), such as CLIP's for its temperature.
       params: arrays or their shapes.
       schedule: the learning rate.
 
@@ -237,13 +240,42 @@ def make(
         kept = trainable(params, spec["freeze"])
         labels = jax.tree.map(lambda k: "train" if k else "freeze", kept)
         chain = optax.partition({"train": chain, "freeze": optax.set_to_zero()}, labels)
-    if spec["layer_decay"] == 1 and not spec["lr_scale"]:
-        return chain
-    scales = _scales(params, spec["layer_decay"], spec["lr_scale"])
-    scaled = optax.stateless(
-        lambda updates, _: jax.tree.map(lambda u, s: u * jnp.asarray(s, u.dtype), updates, scales)
-    )
-    return optax.chain(chain, scaled)
+    if spec["layer_decay"] != 1 or spec["lr_scale"]:
+        scales = _scales(params, spec["layer_decay"], spec["lr_scale"])
+
+        def scaled(updates: Tree, _: Tree) -> Tree:
+            return jax.tree.map(lambda u, s: u * jnp.asarray(s, u.dtype), updates, scales)
+
+        chain = optax.chain(chain, optax.stateless(scaled))
+    for entry in spec["clamp"]:
+        chain = optax.chain(chain, _clamp(params, entry, spec["freeze"]))
+    return chain
+
+
+def _clamp(params: Tree, entry: Any, freeze: str) -> optax.GradientTransformation:
+    """Cuts updates so that the parameters a pattern finds stay within a range; not frozen ones.
+
+    Radford et al. 2021 (arXiv:2103.00020), section 2.5: CLIP's logits are scaled by 100 at most.
+
+    Raises:
+      ConfigError: if `entry` is no (pattern, least, most), or its pattern matches nothing.
+    """
+    match entry:
+        case (str(pattern), int(least) | float(least), int(most) | float(most)) if least < most:
+            frozen = _matches("freeze", freeze, params)
+            found = _matches("clamp", pattern, params)
+            chosen = jax.tree.map(lambda c, f: c and not f, found, frozen)
+        case _:
+            raise ConfigError(
+                f"optimizer.clamp must hold triples (pattern, least, most), not {entry!r}"
+            )
+
+    def within(updates: Tree, params: Tree) -> Tree:
+        return jax.tree.map(
+            lambda u, p, c: jnp.clip(p + u, least, most) - p if c else u, updates, params, chosen
+        )
+
+    return optax.stateless(within)
 
 
 def _muon(spec: Mapping[str, Any]) -> optax.GradientTransformation:

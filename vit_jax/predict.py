@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax import command
+from vit_jax import command, programs
 from vit_jax.errors import ConfigError, DataError
 from vit_jax.stream import predict, task_of
 
@@ -24,10 +24,22 @@ probabilities, objects with boxes, the share of each class of pixels, or segment
   python -m vit_jax.predict --checkpoint=runs/detr my_pictures --threshold=0.7 --draw=drawn
   python -m vit_jax.predict --checkpoint=runs/detr my_pictures --threshold=0 --output=coco.json
 
+A model of pictures and texts, such as CLIP, is told what to look for:
+
+  python -m vit_jax.predict --checkpoint=hf:openai/clip-vit-base-patch32 cat.jpg \\
+      --captions "a cat on a sofa" "a dog in the snow"
+  python -m vit_jax.predict --checkpoint=hf:openai/clip-vit-base-patch32 my_pictures \\
+      --search "a red car" --sheet=red_cars.png
+
+A captioner writes a sentence, and `--draw` shows where it looked for each word:
+
+  python -m vit_jax.predict --checkpoint=runs/captioner my_pictures --beam=5 --draw=drawn
+
 A folder is searched with its sub-folders. What cannot be read is named at the end and left out.
 """
 SHEET = 60  # pictures on a sheet of a classifier
 PROGRESS_FROM = 9  # pictures
+SEARCHED = 20  # pictures that a search tells and draws
 
 
 def pictures_of(places: Iterable[str]) -> list[Path]:
@@ -110,7 +122,10 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="REF", help="hf:OWNER/NAME, a file, folder or run")
     add("places", nargs="+", metavar="PICTURE_OR_FOLDER")
-    add("--top", type=int, help="classes, or objects at most, of each picture (default 5 or 100)")
+    add("--captions", nargs="+", metavar="TEXT", help="how probable is each, of those given?")
+    add("--search", metavar="TEXT", help="rank the pictures by it, and draw the nearest on a sheet")
+    add("--top", type=int, help="classes, objects, or pictures of a search (default 5, 100, 20)")
+    add("--beam", type=int, help="sentences that a captioner follows at once (default 1)")
     add("--threshold", type=float, help="probability from which an object is told")
     add("--format", choices=["table", "json", "csv"], help="default: of OUTPUT's name, or table")
     add("--output", type=Path, metavar="FILE", help="instead of the terminal")
@@ -125,10 +140,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(options: argparse.Namespace) -> None:
     """What can be wrong before anything is loaded; ConfigError says it."""
-    for name in ("top", "batch_size", "threads"):
+    for name in ("top", "batch_size", "threads", "beam"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name}={value} must be at least 1")
+    if options.captions and options.search:
+        raise ConfigError("--captions and --search: wanted one of them")
     if options.threshold is not None and not 0 <= options.threshold <= 1:
         raise ConfigError(f"--threshold={options.threshold:g} must be in 0..1")
     if options.draw:
@@ -153,6 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         _check(options)
         files = pictures_of(options.places)
         command.quiet()
+        programs.keep()
         from vit_jax.pretrained.load import load
 
         loaded = load(options.checkpoint, dtype=options.dtype, image_size=options.image_size)
@@ -160,13 +178,19 @@ def main(argv: list[str] | None = None) -> int:
         _say(f"preprocessing: {loaded.preprocess}")
         for remark in loaded.remarks:
             _say(f"note: {remark}")
-        from vit_jax import found, pictures
+        from vit_jax import found, pictures, zero_shot
 
+        if options.beam:
+            loaded = loaded.writing(options.beam)
+        if zero_shot.reads_texts(loaded) or options.captions or options.search:
+            loaded = _with_texts(loaded, options)
+        if options.search:
+            return _search(loaded, files, options)
         task = task_of(loaded, top=options.top, threshold=options.threshold)
         kind = found.kind_of(task)
-        if options.draw and not kind.places:
+        if options.draw and not kind.draws:
             raise ConfigError(f"--draw is for models that say where; use --sheet: {loaded.source}")
-        count = pictures.fitting(task.cell) if kind.places else SHEET
+        count = pictures.fitting(task.cell) if kind.draws else SHEET
         drawings = Drawings(files, options.draw, count if options.sheet else 0)
         results = _all(loaded, files, options, drawings if options.draw or options.sheet else None)
         suffix = options.output.suffix.lstrip(".") if options.output else ""
@@ -190,6 +214,52 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     return command.guard(body)
+
+
+def _with_texts(loaded: Any, options: argparse.Namespace) -> Any:
+    """A model of pictures and texts as one that tells what its command line asks for."""
+    from vit_jax import zero_shot
+
+    texts = [options.search] if options.search else options.captions
+    if not texts:
+        raise ConfigError(
+            f"{loaded.source} needs texts to compare pictures with: --captions "
+            '"a cat" "a dog", or --search "a cat"'
+        )
+    if options.search:
+        model = zero_shot.searching(loaded, options.search)
+    else:
+        model = zero_shot.described(loaded, texts, top=len(texts))
+    if remark := zero_shot.cut(loaded, texts):
+        _say(f"note: {remark}")
+    if len(texts) == 1 and model.recipe.task.get("loss") == "softmax":
+        _say("note: probabilities add up to 1 over the captions, so a single one always has 100 %")
+    return model
+
+
+def _search(model: Any, files: list[Path], options: argparse.Namespace) -> int:
+    """Ranks pictures by a text, tells the nearest, and draws them on a sheet."""
+    from vit_jax import search
+
+    top, options.top = options.top or SEARCHED, None  # of pictures, not of what is in each
+    results = _all(model, files, options, None)
+    rows = search.ranked(results)
+    if rows:
+        suffix = options.output.suffix.lstrip(".") if options.output else ""
+        form = options.format or (suffix if suffix in ("json", "csv") else "table")
+        if options.output:
+            write(options.output, search.as_text(rows, form))
+            _say(f"written: {options.output}")
+        else:
+            print(search.as_text(rows[:top], form), end="", flush=True)
+        drawn = search.sheet(options.sheet or Path("search.png"), rows[:top], options.search)
+        _say(f"drawn: {drawn}, the nearest {len(rows[:top])} of {len(rows)} pictures")
+    for result in results:
+        if "error" in result:
+            _say(f"left out: {result['picture']}: {result['error']}")
+    if not rows:
+        raise DataError(f"none of the {len(results)} files is a picture that can be read")
+    return 0
 
 
 def _all(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -51,10 +52,12 @@ def predict(
       ConfigError: if the model has no head, or its task no such number.
     """
     from vit_jax import found
+    from vit_jax.build import build
     from vit_jax.data.decode import as_rgb
 
     task = task_of(loaded, top=top, threshold=threshold)
     kind, prepare = found.kind_of(task), loaded.preprocess
+    beside = build(loaded.recipe.beside)
     alone = prepare.size is None and prepare.pad is None and "image_mask" not in loaded.reads
     if alone:
         batch_size = 1  # each picture keeps its own shape
@@ -68,7 +71,7 @@ def predict(
             picture = as_rgb(file)
             image = prepare.one(picture)
             shape = image.shape[:2] if alone else prepare.shape(image.shape[:2])
-            return Prepared(picture.shape[:2], image, shape)
+            return Prepared(picture.shape[:2], image, shape, added(image, beside))
         except DataError as error:
             return error
 
@@ -76,7 +79,7 @@ def predict(
         rows = kind.rows(task, prediction, size, loaded.labels)
         if draw:
             picture = as_rgb(file)
-            if kind.places:
+            if kind.draws:
                 picture, title, _ = task.draw(
                     picture, {"image": picture}, prediction, loaded.labels
                 )
@@ -142,11 +145,22 @@ class Prepared:
       size: (H, W) of the picture itself.
       image: float32 [h, w, 3].
       shape: (H, W) that it is padded to.
+      more: other entries of its row.
     """
 
     size: tuple[int, int]
     image: np.ndarray
     shape: tuple[int, int]
+    more: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+def added(image: np.ndarray, steps: Iterable[Callable]) -> dict[str, np.ndarray]:
+    """What transforms add to a prepared picture; where they draw, the same each time for it."""
+    example = {"image": image}
+    rng = np.random.default_rng(zlib.crc32(np.ascontiguousarray(image)))
+    for step in steps:
+        example = step(example, rng)
+    return {name: value for name, value in example.items() if name != "image"}
 
 
 def task_of(loaded: Any, *, top: int | None = None, threshold: float | None = None) -> Any:
@@ -168,6 +182,8 @@ def task_of(loaded: Any, *, top: int | None = None, threshold: float | None = No
                 f"what {loaded.source} does"
             )
         changes[name] = value
+    if hasattr(task, "tokenizer") and loaded.words is not None:
+        changes["tokenizer"] = loaded.tokenizer
     return dataclasses.replace(task, **changes)
 
 
@@ -184,6 +200,8 @@ def _predictions(
     # Always the same shape, so that the last batch needs no compilation of its own.
     filled = [one.image for one in pictures] + [pictures[0].image] * (batch_size - rows)
     batch = padded(filled, pictures[0].shape)
+    rest = [one.more for one in pictures] + [pictures[0].more] * (batch_size - rows)
+    batch |= {name: np.stack([more[name] for more in rest]) for name in pictures[0].more}
     with mesh.memory_errors(batch_size):
         outputs = loaded(**{k: v for k, v in batch.items() if k in loaded.reads})
         if not isinstance(outputs, dict) and not hasattr(outputs, "ndim"):

@@ -1,5 +1,6 @@
 """Scaled dot-product attention: the only softmax(q k) of the project."""
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -57,6 +58,32 @@ def attend(
     return rearrange(out, "... a n d -> ... n a d"), weights / total
 
 
+@flax.struct.dataclass
+class Cache:
+    """What queries to come will read: keys and values [B, M, A, D/A], before any other use.
+
+    A sentence that is written word by word would compute those of all earlier words at each word
+    anew: Shazeer 2019 (arXiv:1911.02150), section 2.4.
+    """
+
+    key: Array
+    value: Array
+
+    @classmethod
+    def empty(cls, batch: int, room: int, heads: int, width: int, dtype: jnp.dtype) -> "Cache":
+        """Room for M tokens of D = `width` channels."""
+        nothing = jnp.zeros((batch, room, heads, width // heads), dtype)
+        return cls(nothing, nothing)
+
+    def write(self, key: Array, value: Array, place: Array | int) -> "Cache":
+        """With the keys and values [B, N, A, D/A] of N tokens from `place` on."""
+
+        def put(old: Array, new: Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), place, 1)
+
+        return Cache(put(self.key, key), put(self.value, value))
+
+
 class Attention(nn.Module):
     """Multi-head attention with projections: Vaswani et al. 2017, section 3.2.2.
 
@@ -92,9 +119,15 @@ class Attention(nn.Module):
         *,
         bias: Array | None = None,
         mask: Array | None = None,
+        cache: Cache | None = None,
+        place: Array | int | None = None,
         train: bool,
-    ) -> jax.Array:
+    ) -> jax.Array | tuple[jax.Array, Cache]:
         """[..., N, D], [..., M, D], [..., M, D] -> [..., N, D]; self-attention without `key`.
+
+        With a `cache` of M places the queries read all of it, so `mask` has to hide what is not
+        written yet; it comes back beside the result. Keys and values are first written into it from
+        `place` on; without a place it is complete, and none are computed.
 
         Raises:
           ValueError: if the heads do not divide D.
@@ -115,7 +148,13 @@ class Attention(nn.Module):
             )(x)
             return rearrange(x, "... n (a d) -> ... n a d", a=self.heads)
 
-        query, key = project(query, "query"), project(key, "key")
+        query = project(query, "query")
+        if cache is None:
+            key, value = project(key, "key"), project(value, "value")
+        else:
+            if place is not None:
+                cache = cache.write(project(key, "key"), project(value, "value"), place)
+            key, value = cache.key, cache.value
         scale = (width // self.heads) ** -0.5 if self.scale is None else self.scale
         if self.cosine:
             initial = nn.initializers.constant(jnp.log(10.0))
@@ -127,7 +166,7 @@ class Attention(nn.Module):
         out, weights = attend(
             query,
             key,
-            project(value, "value"),
+            value,
             scale=scale,
             bias=bias,
             mask=mask,
@@ -135,9 +174,10 @@ class Attention(nn.Module):
         )
         self.sow("intermediates", "attention_weights", weights)
         out = rearrange(out, "... n a d -> ... n (a d)")
-        return Dense(
+        out = Dense(
             width, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="out"
         )(out)
+        return out if cache is None else (out, cache)
 
 
 def _direction(x: jax.Array) -> jax.Array:

@@ -206,6 +206,7 @@ def apply_blocks(
     scan: bool = False,
     remat: bool = False,
     train: bool,
+    **shared: Array,
 ) -> jax.Array:
     """Runs `x` through one block for each drop-path rate; call it inside a compact method.
 
@@ -217,8 +218,9 @@ def apply_blocks(
         axis [L, ...]; otherwise in `block_0`, `block_1`, ...
       remat: recomputes each block's activations in the backward pass instead of keeping them.
       train: whether dropout and drop path act.
+      **shared: what each block is given besides, the same for all.
     """
-    return tapped_blocks(block, x, rates, (), scan=scan, remat=remat, train=train)[0]
+    return tapped_blocks(block, x, rates, (), scan=scan, remat=remat, train=train, **shared)[0]
 
 
 def tapped_blocks(
@@ -230,6 +232,7 @@ def tapped_blocks(
     scan: bool = False,
     remat: bool = False,
     train: bool,
+    **shared: Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """`apply_blocks`, and what leaves the blocks whose numbers, from 0, are in `taps`.
 
@@ -243,7 +246,7 @@ def tapped_blocks(
         for i, rate in enumerate(rates):
             # Closed over, not passed: `remat` would trace the rate, and a traced 0 still draws.
             def run(module: nn.Module, x: jax.Array, rate: float = rate) -> jax.Array:
-                return module(x, rate, train=train)
+                return module(x, rate, train=train, **shared)
 
             run = nn.remat(run) if remat else run
             x = keep_rows(run(block(name=f"block_{i}"), keep_rows(x)))
@@ -256,7 +259,7 @@ def tapped_blocks(
         module: nn.Module, carry: jax.Array, rate: Array
     ) -> tuple[jax.Array, jax.Array | None]:
         rate = rate if drops else rates[0]
-        carry = keep_rows(module(keep_rows(carry), rate, train=train))
+        carry = keep_rows(module(keep_rows(carry), rate, train=train, **shared))
         return carry, carry if taps else None
 
     step = nn.remat(body, prevent_cse=False) if remat else body
