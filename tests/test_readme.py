@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shlex
 import shutil
 from functools import partial
 from pathlib import Path
@@ -10,12 +11,14 @@ import cv2
 import numpy as np
 import pytest
 
-from vit_jax import main
+import vit_jax
+from tests.pretrained.families.test_clip import publish, words
 from vit_jax.models import swin
 from vit_jax.pretrained import hf
 
 ROOT = Path(__file__).parent.parent
-TINY = Path(__file__).parent / "golden" / "hf_vit_tiny"  # stands in for what the Hub holds
+GOLDEN = Path(__file__).parent / "golden"
+TINY = GOLDEN / "hf_vit_tiny"  # stands in for what the Hub holds
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A line's own values come first, so that they are executed too; what makes it short comes last.
 SHORT = ["--config.steps=1", "--config.batch_size=4", "--config.eval_every=1"]
@@ -33,6 +36,19 @@ SMALL = {
         *("--config.model.backbone.depth=1", "--config.model.backbone.taps=(0,)"),
     ],
     "upernet": ["--config.model.features=8", "--config.model.backbone.width=8"],
+    "masked": [
+        *("--config.model.backbone.width=16", "--config.model.backbone.depth=1"),
+        *("--config.model.decoder_width=16", "--config.model.decoder_depth=1"),
+    ],
+    "clip": [
+        *("--config.model.backbone.width=12", "--config.model.backbone.depth=1"),
+        *("--config.model.text.width=12", "--config.model.text.depth=1"),
+        *("--config.model.features=8", "--config.image_size=32"),
+    ],
+    "captioner": [
+        *("--config.model.width=16", "--config.model.depth=1", "--config.image_size=32"),
+        "--config.model.backbone.width=8",
+    ],
 }
 
 
@@ -53,10 +69,15 @@ STARTS = {
     "runs/vit-finetune": "configs/vit.py:finetune",
     "runs/detr-folder": "configs/detr.py:folder",
     "runs/setr-scenes": "configs/setr.py",
+    "runs/masked": "configs/masked.py",
+    "runs/clip-scenes": "configs/clip.py",
+    "runs/captioner-scenes": "configs/captioner.py",
+    "=tokenizer.json": "vit_jax.tokenizer",
 }
 # Half a minute each: much to compile.
 SLOW = re.compile(
-    r"configs/(detr|setr|upernet)|runs/detr|cvt\.py:cifar10|swin\.py:imagenet|optimizer\.name=lamb|cvt_13"
+    r"configs/(detr|setr|upernet|clip|captioner|masked)|runs/(detr|clip|captioner|masked)|=input|"
+    r"cvt\.py:cifar10|swin\.py:imagenet|optimizer\.name=lamb|cvt_13|vit_jax\.benchmark"
 )
 
 
@@ -98,12 +119,34 @@ def folder(tmp_path_factory):
             f"<annotation><filename>{i}.jpg</filename><object><name>cat</name><bndbox><xmin>5</xmin>"
             "<ymin>6</ymin><xmax>30</xmax><ymax>35</ymax></bndbox></object></annotation>"
         )
+    (place / "my_captions").mkdir()
+    for i in range(10):
+        cv2.imwrite(str(place / "my_captions" / f"{i}.jpg"), image)
+    lines = [f"{i}.jpg\t{['a cat sits', 'a dog runs'][i % 2]}\n" for i in range(10)]
+    (place / "my_captions" / "captions.txt").write_text("".join(lines))
     return place
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """Small models in the place of published ones."""
+    clip = publish("clip_tiny", tmp_path_factory.mktemp("hub"))
+    words(clip)
+
+    def download(repository, wanted=()):
+        return clip if "clip" in repository else TINY
+
+    return download
 
 
 def shortened(line):
     """A command of the documents as the arguments of a run of seconds."""
-    argv = PROGRAM.sub("", line).split()
+    argv = shlex.split(PROGRAM.sub("", line))
+    if "vit_jax.benchmark" in line:
+        argv += ["--rounds=1", "--seconds=0.01"]
+        return [a if "vit" not in a else "--config=configs/vit.py:tiny" for a in argv]
+    if "vit_jax.tokenizer" in line:
+        return argv
     spec = next((a for a in argv if a.startswith("--config=")), "")
     if not spec:
         return argv
@@ -124,26 +167,32 @@ def marked(texts):
 
 
 @pytest.mark.parametrize("line", marked(c for c in commands() if PROGRAM.match(c)))
-def test_a_command_of_the_documents_runs(line, folder, monkeypatch, capsys):
+def test_a_command_of_the_documents_runs(line, folder, hub, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(swin, "swin_t", partial(swin.Swin, width=8, depths=(1, 1), heads=(1, 2)))
-    monkeypatch.setattr(hf, "download", lambda repository: TINY)
-    for start, words in STARTS.items():
-        if start in line and not (Path(start) / "checkpoints").exists():
-            known = (c for c in commands() if words in c and "dry_run" not in c)
-            assert main.main(shortened(next(known))) == 0, capsys.readouterr().err
+    monkeypatch.setattr(hf, "download", hub)
+    for start, made_by in STARTS.items():
+        there = (Path(start) / "checkpoints").exists() or Path(start.removeprefix("=")).is_file()
+        if start in line and made_by not in line and not there:
+            first = next(c for c in commands() if made_by in c and "dry_run" not in c)
+            assert run(first) == 0, capsys.readouterr().err
     for word in line.split():  # a test may be run twice
         if word.startswith("--output=") and Path(word[9:]).is_dir():
             shutil.rmtree(word[9:])
-    command = importlib.import_module(f"vit_jax.{PROGRAM.match(line)[1]}")
-    assert command.main(shortened(line)) == 0, capsys.readouterr().err
+    assert run(line) == 0, capsys.readouterr().err
+
+
+def run(line):
+    """The exit status of a command of the documents."""
+    return importlib.import_module(f"vit_jax.{PROGRAM.match(line)[1]}").main(shortened(line))
 
 
 @pytest.mark.parametrize("block", marked(blocks("python")))
-def test_the_python_of_the_documents_runs(block, monkeypatch, tmp_path):
+def test_the_python_of_the_documents_runs(block, hub, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hf, "download", lambda repository: TINY)
-    exec(compile(block, "README.md", "exec"), {})
+    monkeypatch.setattr(hf, "download", hub)
+    given = {"vit_jax": vit_jax, "picture": np.zeros((48, 64, 3), np.uint8)}
+    exec(compile(block, "README.md", "exec"), given)
 
 
 def test_every_picture_of_the_documents_exists():

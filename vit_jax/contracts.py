@@ -88,6 +88,9 @@ class Task(Protocol):
       headline: the number that ranks checkpoints; lower is better if it ends in "loss".
       wants_results: whether `summarize` needs the predictions of a whole split.
       cell: pixels on a side that a drawn picture needs, to be made out.
+
+    A task that compares the rows of a batch with each other says so by `whole_batch = True`: its
+    batch is never computed in parts.
     """
 
     headline: str

@@ -17,12 +17,15 @@ USAGE = """Trains or evaluates what a config describes.
   python -m vit_jax.main --config=configs/vit.py --config.epochs=3    any value overridden
   python -m vit_jax.main --config=configs/vit.py:folder --config.data.data_dir=my_pictures
   python -m vit_jax.main --config=configs/detr.py                     find digits in scenes
+  python -m vit_jax.main --config=configs/masked.py                   learn without labels
+  python -m vit_jax.main --config=configs/clip.py                     match pictures with sentences
+  python -m vit_jax.main --config=configs/captioner.py                write a sentence
   python -m vit_jax.main --config=configs/cvt.py --mode=eval          evaluate the run's checkpoints
   python -m vit_jax.main --config=configs/cvt.py --dry_run            sizes, memory, time, one batch
   python -m vit_jax.main --config=configs/cvt.py --coordinator=HOST:PORT --processes=2 --process=0
 
 Recipes of classifiers are digits (default), folder, finetune, probe, cifar10, imagenet and tiny; of
-detr, setr and upernet scenes (default), folder and those that their files name. Started again, the
+the others digits or scenes (default), folder and those that their files name. Started again, the
 same command goes on where it stopped. A config is a Python file, and it is executed.
 """
 MEETING = ("coordinator", "processes", "process")
