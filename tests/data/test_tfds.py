@@ -181,8 +181,8 @@ def test_without_a_network_nothing_is_tried_for_minutes(tmp_path, monkeypatch):
 def test_options_of_another_dataset_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"folder has no option 'validation'.*validation_share"):
         pipeline.open_dataset("folder", "train", str(tmp_path), validation=0.1)
-    with pytest.raises(ConfigError, match=r"digits has no option 'share'\. It has none"):
-        pipeline.open_dataset("digits", "train", share=0.1)
+    with pytest.raises(ConfigError, match=r"digits has no option 'size'\. Valid: share\."):
+        pipeline.open_dataset("digits", "train", size=8)
 
 
 @needs_cifar10

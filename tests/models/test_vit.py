@@ -168,7 +168,7 @@ def test_each_pooling_reads_its_tokens():
         state = state["intermediates"]
         last, normal = state["block_0"]["__call__"][0], state["norm"]["__call__"][0]
         found[pooling] = features.pooled
-        tokens = {"mean": 0, "token": 2, "tokens": 2}.get(pooling, 1)
+        tokens = {"mean": 0, "attention": 0, "token": 2, "tokens": 2}.get(pooling, 1)
         assert last.shape == (2, tokens + 2 + 6, 12)  # two registers, six patches
         assert features.maps[0].shape == (2, 2, 3, 12)
         patches = features.maps[0].reshape(2, 6, 12)
@@ -179,6 +179,9 @@ def test_each_pooling_reads_its_tokens():
             unit = (mean - mean.mean(-1, keepdims=True)) / mean.std(-1, keepdims=True)
             norm = variables["params"]["norm"]
             wanted = unit * norm["scale"][None] + norm["bias"][None]
+        elif pooling == "attention":  # what it gathers: tests/layers/test_attention_pool.py
+            chex.assert_trees_all_equal(patches, normal[:, -6:])
+            wanted = state["attention_pool"]["__call__"][0]
         else:
             chex.assert_trees_all_equal(patches, normal[:, -6:])
             parts = {

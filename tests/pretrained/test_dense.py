@@ -163,10 +163,8 @@ def test_what_transformers_has_not_is_refused_with_the_reason(tmp_path):
     ):
         if "SETR" in spec["target"]:
             spec = {"target": spec["target"], "num_classes": 3, "backbone": RESNET}
-        module = build(spec)
-        loaded = Loaded(module, {}, Preprocessing(SHORT), (), "a test", Recipe("", {}, None, 3))
         with pytest.raises(ConfigError, match=said):
-            hf.published(loaded)
+            hf.published(build(spec))
 
 
 def test_a_detector_is_no_program_yet(tmp_path):
