@@ -144,7 +144,9 @@ def shortened(line):
     argv = shlex.split(PROGRAM.sub("", line))
     if "vit_jax.benchmark" in line:
         argv += ["--rounds=1", "--seconds=0.01"]
-        return [a if "vit" not in a else "--config=configs/vit.py:tiny" for a in argv]
+        if "--config" not in line:
+            return [*argv, "--image_size=32", "--set", "depth=1"]
+        return ["--config=configs/vit.py:tiny" if a.startswith("--config=") else a for a in argv]
     if "vit_jax.tokenizer" in line:
         return argv
     spec = next((a for a in argv if a.startswith("--config=")), "")
