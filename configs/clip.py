@@ -116,9 +116,9 @@ def scenes(config):
         config[part].transforms = (common.tokenize(config, choose), resize, standardize, pad)
     config.task.among = 256
     common.muon(config)
-    config.steps, config.batch_size, config.learning_rate = 3000, 96, 2e-3
+    config.steps, config.batch_size, config.learning_rate = 2500, 96, 2e-3
     config.schedule.warmup_steps = 200
-    config.eval_every = 1000
+    config.eval_every = 500
 
 
 def folder(config):

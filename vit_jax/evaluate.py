@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax import checkpoint, mesh, pictures, processes, step
+from vit_jax import checkpoint, mesh, processes, step
 from vit_jax.build import build
 from vit_jax.contracts import Batch, Dataset, Example, Predictions, Sums
 from vit_jax.data import pipeline
@@ -63,6 +63,8 @@ def evaluate(config: dict[str, Any], workdir: str | Path) -> dict[str, dict[str,
                 report.say(f"step {number}{note} {name}: {sentence(numbers)}")
         drawn = draw(run, eval_step, list(rows_of(state).values())[-1], SHOWN)
         if processes.first():
+            from vit_jax import pictures
+
             pictures.predictions(workdir / "predictions.png", drawn, run.task.cell)
     return results
 
@@ -173,6 +175,8 @@ def draw(run: Run, eval_step: Callable, variables: Any, count: int = SHOWN) -> l
 
     Fewer where the task's pictures are so large that they would not fit a sheet.
     """
+    from vit_jax import pictures  # Matplotlib, which a run's first step need not await
+
     count = min(count, pictures.fitting(run.task.cell))
     chosen = np.unique(np.linspace(0, len(run.eval_data) - 1, count).astype(int))
     subset = _Subset(run.eval_data, chosen)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax import checkpoint, cost, faults, mesh, pictures, processes, step
+from vit_jax import checkpoint, cost, faults, mesh, processes, step
 from vit_jax.broken import BrokenPictures
 from vit_jax.contracts import Batch, Sums
 from vit_jax.errors import CheckpointError, DivergedError
@@ -364,6 +364,8 @@ class _Loop:
             if now >= self.run.total_steps or time.monotonic() - self.drawn > SECONDS_A_PICTURE:
                 headline = self.run.task.headline
                 if processes.first():
+                    from vit_jax import pictures  # Matplotlib, which the first step need not await
+
                     self.report.attempt("draw curves.png", pictures.curves, self.workdir, headline)
                 self.drawn = time.monotonic()
             self.watchdog.alive()
@@ -379,6 +381,8 @@ class _Loop:
         drawn = draw(self.run, self.evaluate, variables)
         file, cell = self.workdir / PREDICTIONS, self.run.task.cell
         if processes.first():
+            from vit_jax import pictures
+
             self.report.attempt("draw predictions.png", pictures.predictions, file, drawn, cell)
 
 

@@ -1,6 +1,10 @@
 """scikit-learn's handwritten digits: 1,797 real pictures that come with a dependency."""
 
+import functools
+import gzip
+import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -51,18 +55,36 @@ def open(split: str, *, data_dir: str = "", share: float = 1.0) -> Dataset:
     """
     if split not in SPLITS:
         raise ConfigError(f"digits has no split {split!r}.{nearest(split, SPLITS)}")
-    from sklearn.datasets import load_digits  # slow to import, and only needed here
-
-    data = load_digits()
+    images, target = _whole()
     rng = np.random.default_rng(0)
-    held_out = np.zeros(len(data.target), bool)
+    held_out = np.zeros(len(target), bool)
     for label in range(10):
-        members = np.flatnonzero(data.target == label)
+        members = np.flatnonzero(target == label)
         held_out[rng.permutation(members)[: int(HELD_OUT * len(members))]] = True
     if split == "validation":
         places = np.flatnonzero(held_out)
     else:
         places = np.flatnonzero(~held_out)
-        places = places[balanced(data.target[places], share)]
-    grey = np.rint(data.images[places] * (255 / 16)).astype(np.uint8)  # [N, 8, 8]
-    return Digits(np.repeat(grey[..., None], 3, axis=-1), data.target[places], places)
+        places = places[balanced(target[places], share)]
+    grey = np.rint(images[places] * (255 / 16)).astype(np.uint8)  # [N, 8, 8]
+    return Digits(np.repeat(grey[..., None], 3, axis=-1), target[places], places)
+
+
+@functools.cache
+def _whole() -> tuple[np.ndarray, np.ndarray]:
+    """All pictures, grey levels 0..16, [N, 8, 8], and their labels [N].
+
+    Read from scikit-learn's file, since importing scikit-learn takes longer than all else here.
+    """
+    found = importlib.util.find_spec("sklearn")
+    folders = found.submodule_search_locations if found else ()
+    files = [Path(folder) / "datasets" / "data" / "digits.csv.gz" for folder in folders or ()]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:  # a version that keeps it elsewhere, or none, which says so
+        from sklearn.datasets import load_digits
+
+        data = load_digits()
+        return data.images, data.target
+    with gzip.open(file, "rt") as text:
+        table = np.loadtxt(text, delimiter=",")  # [N, 65]
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(int)
