@@ -134,7 +134,7 @@ class Theirs:
 
         published = dict(order.get("published") or {})
         if "model_type" not in published:
-            raise WrongError("transformers has no such model")
+            raise WrongError(published.get("refused", "transformers has no such model"))
         config = AutoConfig.for_model(**published)
         if hasattr(config, "image_size"):
             H, W = order["image_size"]

@@ -51,8 +51,8 @@ class Ours:
 
         Returns:
           {"compile_seconds", "memory" in bytes, "flops" of an image, "parameters", "device",
-          "published": the model's config.json in transformers, or None}; of "input" only
-          {"examples", "shape"}.
+          "published": the model's config.json in transformers, or why it has none}; of "input"
+          only {"examples", "shape"}.
         """
         self._run = lambda steps: None  # frees what it held
         if order["work"] == "input":
@@ -278,12 +278,12 @@ def _told(compiled: Any, seconds: float) -> dict[str, Any]:
     return {"compile_seconds": seconds, "memory": memory}
 
 
-def published(module: nn.Module) -> dict[str, Any] | None:
-    """The config.json of the same model in transformers; None if it has no such."""
+def published(module: nn.Module) -> dict[str, Any]:
+    """The config.json of the same model in transformers, or {"refused": why it has none}."""
     try:
         return hf.published(module)[0]
-    except ConfigError:
-        return None
+    except ConfigError as error:
+        return {"refused": str(error)}
 
 
 if __name__ == "__main__":
