@@ -26,6 +26,10 @@ SETR = (
     "`tests/models/test_setr.py` checks the number of their parameters against those published, "
     "and how the maps go through them; its ViT is one of those above."
 )
+WORDS = (
+    "Words: on 12 texts each, tokenizers of CLIP, SigLIP and SigLIP 2 with small vocabularies give "
+    "the ids of transformers 5.23 (CLIP's up to its end): `tests/data/test_text.py`."
+)
 
 
 @dataclass(frozen=True)
@@ -420,11 +424,14 @@ def _table(known: dict[str, Any]) -> str:
         "on a CPU: the largest difference over the largest logit, at the published size and at an "
         f"awkward one. At most {LIMIT:g} is wanted. DETR gets two images of unequal size, padded "
         "to one shape, with a mask; its boxes and masks are compared like its logits, and the "
-        "worst of them is told."
+        "worst of them is told. CLIP and SigLIP get texts too, and models that restore hidden "
+        "patches the same mask; transformers' MAE, ViT and Swin of that kind take square pictures "
+        "only, and are compared at H != W through the peer's own modules in `tests/models`."
     )
     how = (
         "Command: `python tests/golden/make.py --report`, where PyTorch, timm and transformers are "
-        f"installed. What ran: commit {commit.stdout.strip()}, torch {torch.__version__}, timm "
+        f"installed; `--missing` measures what has no row yet, and leaves the others as they were. "
+        f"What ran last: commit {commit.stdout.strip()}, torch {torch.__version__}, timm "
         f"{timm.__version__}, transformers {transformers.__version__}, Python "
         f"{platform.python_version()}."
     )
@@ -446,5 +453,5 @@ def _table(known: dict[str, Any]) -> str:
         cells = [f"{size}: {value:.1e}" for size, value in found["differences"].items()] + [""]
         start = f"| {row.name} | {row.peer} | {found['parameters']:,} | "
         lines.append(start + " | ".join(cells[:2]) + " |")
-    lines += ["", *textwrap.wrap(SETR, 120)]
+    lines += ["", *textwrap.wrap(SETR, 120), "", *textwrap.wrap(WORDS, 120)]
     return "\n".join(lines) + "\n"
