@@ -103,7 +103,21 @@ def base() -> ConfigDict:
     return config.lock()
 
 
-def classifier(config: ConfigDict, size: str, **backbone) -> None:
+def backbone(config: ConfigDict, size: str, **fields: Any) -> dict[str, Any]:
+    """A backbone, by a named size or a class with its fields, with what every one of them has."""
+    return {
+        "target": f"models.{size}",
+        "drop_path": 0.0,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "dtype": config.get_ref("dtype"),
+        "scan": False,
+        "remat": False,
+        **fields,
+    }
+
+
+def classifier(config: ConfigDict, size: str, **fields: Any) -> None:
     """Sets the model: a linear head on a named size, or on a class with its arguments."""
     with config.unlocked():
         config.model = ConfigDict(
@@ -111,18 +125,9 @@ def classifier(config: ConfigDict, size: str, **backbone) -> None:
                 "target": "models.classifier.Classifier",
                 "num_classes": 0,  # as many as the data has
                 "dtype": config.get_ref("dtype"),
-                "backbone": {
-                    "target": f"models.{size}",
-                    "drop_path": 0.0,
-                    "dropout": 0.0,
-                    "attention_dropout": 0.0,
-                    "dtype": config.get_ref("dtype"),
-                    "scan": False,
-                    "remat": False,
-                },
+                "backbone": backbone(config, size, **fields),
             }
         )
-        config.model.backbone.update(backbone)
 
 
 def standardize(statistics: dict) -> ConfigDict:

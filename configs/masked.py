@@ -69,23 +69,10 @@ def model(config, name, task, statistics, **fields):
         config.task = ConfigDict({"target": f"tasks.masked.{task.pop('name')}"} | task | statistics)
 
 
-def backbone(config, size, **fields):
-    """A backbone by its name, with what every one of them has."""
-    common_fields = {
-        "drop_path": 0.0,
-        "dropout": 0.0,
-        "attention_dropout": 0.0,
-        "dtype": config.get_ref("dtype"),
-        "scan": False,
-        "remat": False,
-    }
-    return {"target": f"models.{size}"} | common_fields | fields
-
-
 def vit_of(config, recipe):
     """The ViT of a recipe of configs/vit.py, which can then start from what was learned."""
     shared = {"pooling": "mean", "image_size": config.get_ref("image_size")}
-    return backbone(config, "vit.ViT", **shared, **VITS[recipe])
+    return common.backbone(config, "vit.ViT", **shared, **VITS[recipe])
 
 
 # As configs/vit.py has them: a config imports no other.
@@ -135,7 +122,7 @@ def simmim(config):
     """SimMIM on the digits, with the Swin of configs/swin.py: 10 of 16 squares of 4x4 pixels."""
     common.digits(config, image_size=16)
     hide(config, common.DIGITS, patch=2, unit=4, ratio=0.6)
-    swin = backbone(
+    swin = common.backbone(
         config,
         "swin.Swin",
         width=64,
@@ -216,7 +203,7 @@ def imagenet(config, size="vit.vit_b16", patch=16):
     The learning rate is 1.5e-4 for each 256 pictures of a batch of 4096.
     """
     of_imagenet(config, scale=(0.2, 1.0))
-    vit = backbone(config, size, positions="sincos", image_size=config.get_ref("image_size"))
+    vit = common.backbone(config, size, positions="sincos", image_size=config.get_ref("image_size"))
     decoder = {
         "decoder_width": 512,
         "decoder_depth": 8,
@@ -248,7 +235,7 @@ def imagenet_simmim(config):
     of_imagenet(config, scale=(0.67, 1.0))
     config.image_size = 192
     hide(config, common.IMAGENET, patch=4, unit=32, ratio=0.6)
-    swin = backbone(config, "swin.swin_b", window=6, norm_map=True)
+    swin = common.backbone(config, "swin.swin_b", window=6, norm_map=True)
     task = {"name": "MaskedPixels", "loss": "l1", "normalized": False}
     model(config, "SimMIM", task, common.IMAGENET, backbone=swin)
     config.batch_size, config.epochs, config.learning_rate = 2048, 800.0, 4e-4
@@ -264,7 +251,7 @@ def imagenet_colours(config):
     """
     of_imagenet(config, scale=(0.05, 1.0))
     hide(config, common.IMAGENET, patch=16, ratio=0.5, way="mixed")
-    vit = backbone(config, "vit.vit_b16", image_size=config.get_ref("image_size"))
+    vit = common.backbone(config, "vit.vit_b16", image_size=config.get_ref("image_size"))
     task = {"name": "MaskedColours", "bits": 3}
     model(config, "MaskedPatches", task, common.IMAGENET, classes=512, backbone=vit)
     config.batch_size, config.steps, config.learning_rate = 4096, 1_000_000, 2e-4

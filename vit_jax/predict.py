@@ -193,24 +193,13 @@ def main(argv: list[str] | None = None) -> int:
         count = pictures.fitting(task.cell) if kind.draws else SHEET
         drawings = Drawings(files, options.draw, count if options.sheet else 0)
         results = _all(loaded, files, options, drawings if options.draw or options.sheet else None)
-        suffix = options.output.suffix.lstrip(".") if options.output else ""
-        form = options.format or (suffix if suffix in ("json", "csv") else "table")
-        text = found.as_text(results, form, kind)
-        if options.output:
-            write(options.output, text)
-            _say(f"written: {options.output}")
-        else:
-            print(text, end="", flush=True)
+        _tell(options, found.as_text(results, _form(options), kind))
         good = [result for result in results if "error" not in result]
         if options.draw and good:
             _say(f"drawn: {len(good)} pictures in {options.draw}")
         if options.sheet and good:
             _say(f"drawn: {drawings.sheet(options.sheet, loaded.source, task.cell)}")
-        for result in results:
-            if "error" in result:
-                _say(f"left out: {result['picture']}: {result['error']}")
-        if not good:
-            raise DataError(f"none of the {len(results)} files is a picture that can be read")
+        _say_left_out(results)
         return 0
 
     return command.guard(body)
@@ -245,21 +234,36 @@ def _search(model: Any, files: list[Path], options: argparse.Namespace) -> int:
     results = _all(model, files, options, None)
     rows = search.ranked(results)
     if rows:
-        suffix = options.output.suffix.lstrip(".") if options.output else ""
-        form = options.format or (suffix if suffix in ("json", "csv") else "table")
-        if options.output:
-            write(options.output, search.as_text(rows, form))
-            _say(f"written: {options.output}")
-        else:
-            print(search.as_text(rows[:top], form), end="", flush=True)
+        shown = rows if options.output else rows[:top]
+        _tell(options, search.as_text(shown, _form(options)))
         drawn = search.sheet(options.sheet or Path("search.png"), rows[:top], options.search)
         _say(f"drawn: {drawn}, the nearest {len(rows[:top])} of {len(rows)} pictures")
-    for result in results:
-        if "error" in result:
-            _say(f"left out: {result['picture']}: {result['error']}")
-    if not rows:
-        raise DataError(f"none of the {len(results)} files is a picture that can be read")
+    _say_left_out(results)
     return 0
+
+
+def _form(options: argparse.Namespace) -> str:
+    """How results are written: as asked for, else by OUTPUT's name, else as a table."""
+    suffix = options.output.suffix.lstrip(".") if options.output else ""
+    return options.format or (suffix if suffix in ("json", "csv") else "table")
+
+
+def _tell(options: argparse.Namespace, text: str) -> None:
+    """Results to OUTPUT, or to the terminal."""
+    if options.output:
+        write(options.output, text)
+        _say(f"written: {options.output}")
+    else:
+        print(text, end="", flush=True)
+
+
+def _say_left_out(results: list[dict[str, Any]]) -> None:
+    """Names what could not be read; DataError if that is all."""
+    broken = [result for result in results if "error" in result]
+    for result in broken:
+        _say(f"left out: {result['picture']}: {result['error']}")
+    if len(broken) == len(results):
+        raise DataError(f"none of the {len(results)} files is a picture that can be read")
 
 
 def _all(

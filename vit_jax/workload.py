@@ -21,8 +21,9 @@ from vit_jax import cost, step
 from vit_jax.build import build, named_sizes
 from vit_jax.errors import ConfigError, DataError
 from vit_jax.pretrained import hf
-from vit_jax.run import Run, set_up
+from vit_jax.run import RUNS_ONCE, Run, set_up
 from vit_jax.standin import splits_of
+from vit_jax.train import flops_per_image
 from vit_jax.worker import serve
 
 CLASSES, OBJECTS, TEXT = 1000, 20, 16  # of stand-in targets
@@ -149,9 +150,8 @@ def _of_model(order: Mapping[str, Any]) -> tuple[Callable[[int], None], dict[str
     abstract = jax.eval_shape(init, key, batch)
     flops = cost.flops(partial(step.forward, model=module), abstract, batch)
     one = {k: v[:1] for k, v in batch.items()}
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     on_cpu = jax.default_backend() == "cpu"
-    variables = init.lower(key, one).compile(options if on_cpu else None)(key, one)
+    variables = init.lower(key, one).compile(RUNS_ONCE if on_cpu else None)(key, one)
     said = {
         "flops": flops / order["batch_size"],
         "parameters": cost.parameters(abstract["params"]),
@@ -170,14 +170,11 @@ def _of_model(order: Mapping[str, Any]) -> tuple[Callable[[int], None], dict[str
 
 
 def _of_config(order: Mapping[str, Any]) -> tuple[Callable[[int], None], dict[str, Any]]:
-    run, _ = _set_up(order)
-    batch = {k: jnp.zeros(v.shape, v.dtype, device=v.sharding) for k, v in _shapes(run).items()}
-    variables = jax.eval_shape(
-        partial(step.init_variables, model=run.model), jax.random.key(0), run.abstract_batch
-    )
-    one = {k: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype) for k, v in _shapes(run).items()}
+    run = _set_up(order)
+    shapes = run.abstract_batch.items()
+    batch = {k: jnp.zeros(v.shape, v.dtype, device=v.sharding) for k, v in shapes}
     said = {
-        "flops": cost.flops(partial(step.forward, model=run.model), variables, one),
+        "flops": flops_per_image(run),
         "parameters": cost.parameters(run.abstract_state.params),
         "published": published(run.model),
     }
@@ -193,19 +190,13 @@ def _of_config(order: Mapping[str, Any]) -> tuple[Callable[[int], None], dict[st
     return _Training(compiled, state, batch, run.key), said | told
 
 
-def _shapes(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
-    return run.abstract_batch
-
-
-def _set_up(order: Mapping[str, Any]) -> tuple[Run, str]:
+def _set_up(order: Mapping[str, Any]) -> Run:
     config = copy.deepcopy(order["config"])
     config["dtype"] = order["dtype"]
     config["batch_size"] = order["batch_size"]
-    if order.get("pictures"):
-        splits, remark = [Pictures(order["pictures"])] * 2, ""
-    else:
-        splits, remark = splits_of(config)
-    return set_up(config, splits=splits), remark
+    given = order.get("pictures")
+    splits = [Pictures(given)] * 2 if given else splits_of(config)[0]
+    return set_up(config, splits=splits)
 
 
 class Pictures:
@@ -234,7 +225,7 @@ class Pictures:
 
 
 def _pipeline(order: Mapping[str, Any]) -> tuple[Callable[[int], None], dict[str, Any]]:
-    run, _ = _set_up(order)
+    run = _set_up(order)
     batches = run.batches(0)
     first = next(batches)
     said = {"examples": len(run.train_data), "shape": list(first["image"].shape)}
