@@ -53,16 +53,16 @@ def batch_of(size=(12, 15)):
 
 def test_the_recipe_says_how_the_model_is_asked(variables):
     batch = batch_of()
-    plain = evaluate.compile_eval_step(run_of())(variables, batch)
-    whole = evaluate.compile_eval_step(run_of(window=15))(variables, batch)
+    plain = evaluate.EvalStep(run_of())(variables, batch)
+    whole = evaluate.EvalStep(run_of(window=15))(variables, batch)
     jax.tree.map(np.testing.assert_array_equal, whole, plain)
-    parts = evaluate.compile_eval_step(run_of(window=8, flip=True))(variables, batch)
+    parts = evaluate.EvalStep(run_of(window=8, flip=True))(variables, batch)
     assert float(parts[0]["count"]) == float(plain[0]["count"])
     assert abs(float(parts[0]["loss"] - plain[0]["loss"])) > 1e-3
 
 
 def test_each_shape_of_a_batch_is_compiled_once(variables):
-    step = evaluate.compile_eval_step(run_of(window=8))
+    step = evaluate.EvalStep(run_of(window=8))
     for size in ((12, 15), (15, 12)):
         step(variables, batch_of(size))
     traced = len(TRACED)
@@ -73,13 +73,13 @@ def test_each_shape_of_a_batch_is_compiled_once(variables):
 
 def test_a_misspelt_way_to_ask_is_named():
     with pytest.raises(ConfigError, match=r"has no argument 'windows'.* 'window'"):
-        evaluate.compile_eval_step(run_of(windows=8))
+        evaluate.EvalStep(run_of(windows=8))
 
 
 def test_pictures_are_drawn_as_many_as_a_sheet_holds_at_the_tasks_size(variables):
     data = scenes.open("validation", size=32)
     run = run_of(data)
-    drawn = evaluate.draw(run, evaluate.compile_eval_step(run), variables, 32)
+    drawn = evaluate.draw(run, evaluate.EvalStep(run), variables, 32)
     assert len(drawn) == 12
     assert all(picture.shape[1] >= 360 for picture, _, _ in drawn)
 

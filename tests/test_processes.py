@@ -206,6 +206,20 @@ def test_a_signal_to_one_stops_both_at_one_step_and_any_number_goes_on(tmp_path,
     assert_same_run(workdir, alone("vit"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_signal_to_one_while_it_compiles_ends_both_at_once(tmp_path, number):
+    with Fellows(tmp_path / "run", STEPS, "--config.data.workers=1", config="swin") as two:
+        log, end = two.logs[0], time.monotonic() + 120
+        while "compiling the training step" not in log.read_text():
+            assert time.monotonic() < end, two.said()
+            time.sleep(0.02)
+        two.all[number].send_signal(signal.SIGTERM)
+        assert two.wait() == [143, 143], two.said()
+    assert "compiled in" not in log.read_text()
+    assert "stopped at step 0, of which there is nothing to save" in log.read_text()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("number", "what"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)]

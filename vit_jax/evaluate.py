@@ -13,7 +13,7 @@ from vit_jax.build import build
 from vit_jax.contracts import Batch, Dataset, Example, Predictions, Sums
 from vit_jax.data import pipeline
 from vit_jax.errors import CheckpointError, DataError
-from vit_jax.interrupt import Reader
+from vit_jax.interrupt import Interrupt, Reader
 from vit_jax.report import Report, sentence
 from vit_jax.run import Run, check_owner, set_up
 
@@ -53,10 +53,10 @@ def evaluate(config: dict[str, Any], workdir: str | Path) -> dict[str, dict[str,
                 states[best] = checkpoints.restore(run.abstract_state, step=best)[0]
         finally:
             checkpoints.close()
-        eval_step = compile_eval_step(run)
+        eval_step = EvalStep(run)
         for number, state in states.items():
             with memory_errors(run):
-                found = evaluate_split(run, eval_step, rows_of(state), report, [])
+                found = evaluate_split(run, eval_step, rows_of(state), report, Interrupt([]))
             for name, numbers in found.items():
                 note = " (best)" if number == best else ""
                 results[f"step {number}{note} {name}"] = numbers
@@ -69,32 +69,45 @@ def evaluate(config: dict[str, Any], workdir: str | Path) -> dict[str, dict[str,
     return results
 
 
-def compile_eval_step(run: Run) -> Callable:
-    """The jitted step (variables, batch) -> (sums, predictions), for each shape of a batch once.
+class EvalStep:
+    """The jitted step (variables, batch) -> (sums, predictions), for each shape of a batch once."""
 
-    The model is asked as `config.eval.inference` says, where that names something, such as
-    `tasks.inference.Averaged`, which takes the model and has its `apply`.
+    def __init__(self, run: Run):
+        """Of a run.
 
-    Raises:
-      ConfigError: if that does not exist, or refuses a value.
+        The model is asked as `config.eval.inference` says, where that names something, such as
+        `tasks.inference.Averaged`, which takes the model and has its `apply`.
+
+        Raises:
+          ConfigError: if that does not exist, or refuses a value.
+        """
+        # Only the recipes of segmentation have this key.
+        spec, model = run.config["eval"].get("inference"), run.model
+        if spec:
+            model = build(spec, model=model)
+        function = partial(step.eval_step, model=model, task=run.task)
+        self._jitted = jax.jit(function, out_shardings=mesh.replicated(run.mesh))
+        self._mesh = run.mesh
+
+    def __call__(self, variables: Any, batch: Batch) -> tuple[Sums, Predictions]:
+        """Sums of a batch, on every process, and what the task predicts."""
+        with jax.set_mesh(self._mesh):  # for `layers.rows`
+            return self._jitted(variables, batch)
+
+    def compile(self, variables: Any, batch: Batch) -> None:
+        """What a call would compile; the call itself may wait for other processes."""
+        with jax.set_mesh(self._mesh):
+            self._jitted.lower(variables, batch).compile()  # which JAX keeps for the call
+
+
+def reader(run: Run, batches: Iterator[Batch], interrupt: Interrupt) -> Iterator[Batch]:
+    """The batches; a signal ends the waiting by `CutError` where that may take long.
+
+    That is so where other processes make them, or train as well: all wait for the first one.
     """
-    # Only the recipes of segmentation have this key.
-    spec, model = run.config["eval"].get("inference"), run.model
-    if spec:
-        model = build(spec, model=model)
-    function = partial(step.eval_step, model=model, task=run.task)
-    jitted = jax.jit(function, out_shardings=mesh.replicated(run.mesh))
-
-    def eval_step(variables: Any, batch: Batch) -> tuple[Sums, Predictions]:
-        with jax.set_mesh(run.mesh):  # for `layers.rows`
-            return jitted(variables, batch)
-
-    return eval_step
-
-
-def reader(run: Run, batches: Iterator[Batch], stopped: list[int]) -> Iterator[Batch]:
-    """The batches; where other processes make them, a signal ends the waiting by `CutError`."""
-    return Reader(batches, stopped) if run.config["data"]["workers"] else batches
+    if run.config["data"]["workers"] or not processes.alone():
+        return Reader(batches, interrupt)
+    return batches
 
 
 def rows_of(state: step.TrainState) -> dict[str, Any]:
@@ -116,21 +129,23 @@ def evaluate_split(
     eval_step: Callable,
     rows: dict[str, Any],
     report: Report,
-    stopped: list[int],
+    interrupt: Interrupt,
     alive: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, float]] | None:
-    """Each set of variables on the whole validation split, read once; None if a signal came.
+    """Each set of variables on the whole validation split, read once.
 
+    None if a signal came: of several processes to any, as all learn of it with the same batch.
     `alive` is called whenever something is done.
     """
     sums: dict[str, dict] = {name: {} for name in rows}
     found: dict[str, list] = {name: [] for name in rows}
     skipped = 0
-    for batch in reader(run, run.validation(), stopped):
-        if stopped:
-            return None
+    for batch in reader(run, run.validation(), interrupt):
         own = {"index": batch["index"].astype(np.int32), "valid": batch["valid"]}
+        own["stop"] = np.full_like(batch["valid"], bool(interrupt.came))
         all_rows = mesh.gather(own, run.mesh)
+        if all_rows["stop"].any():
+            return None
         for text in broken_pictures(run, all_rows, run.eval_data):
             skipped += 1
             report.warn(f"left out of the evaluation, a broken picture: {text}")

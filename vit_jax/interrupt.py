@@ -3,64 +3,139 @@
 import multiprocessing
 import os
 import queue
+import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 SECONDS = 0.02  # between two looks at the list of signals
+DONE, CUT = "done", "cut"  # the two words of a meeting
 
 
 class CutError(Exception):
     """A signal came before the call was done; it goes on in its thread, and nobody waits for it."""
 
 
-def unless(stopped: list[int], function: Callable, *arguments: Any) -> Any:
-    """What `function` returns or raises, which runs in a thread of its own.
+class Meeting(Protocol):
+    """Where several processes come once each; `processes.Meeting` is one."""
 
-    For compilation: minutes in which XLA lets other threads run, and no signal handler is called
-    in the thread that compiles.
+    seconds: float  # between two looks
 
-    Args:
-      stopped: to which the handler of a signal adds something.
-      function: must leave alone what its caller would save.
-      *arguments: of the function.
+    def arrive(self) -> None:
+        """Tells that it is there."""
 
-    Raises:
-      CutError: as soon as there is something in `stopped`.
+    def full(self) -> bool:
+        """Whether all are."""
+
+    def say(self, word: str) -> None:
+        """Of all that is said by anybody, the first word counts."""
+
+    def word(self) -> str | None:
+        """That word; None as long as nobody said one."""
+
+
+class Interrupt:
+    """Signals, and the long calls that they cut short.
+
+    One of several processes must not leave the others alone in a collective. So such a call is made
+    by all of them, and is done in all or cut in all, wherever the signal came.
+
+    Attributes:
+      came: to which the handler of a signal adds its number.
+      cut: holds something once the waiting of this process is to end.
     """
-    done = threading.Event()
-    result: list[Any] = []
-    error: list[BaseException] = []
 
-    def body() -> None:
-        try:
-            result.append(function(*arguments))
-        except BaseException as raised:
-            error.append(raised)
-        finally:
-            done.set()
+    def __init__(self, came: list[int], meet: Callable[[], Meeting] | None = None):
+        """`meet` gives the next place to meet; None if there is no other process."""
+        self.came, self._meet = came, meet
+        self.cut: list[int] = [] if meet else came
 
-    threading.Thread(target=body, name="compiling", daemon=True).start()
-    while not done.wait(SECONDS):
-        if stopped:
+    def unless(self, function: Callable, *arguments: Any) -> Any:
+        """What `function` returns or raises, which runs in a thread of its own.
+
+        For compilation: minutes in which XLA lets other threads run, and no signal handler is
+        called in the thread that compiles.
+
+        Args:
+          function: must leave alone what its caller would save, and wait for no other process.
+          *arguments: of the function.
+
+        Raises:
+          CutError: as soon as a signal came, here or where another process makes the same call.
+        """
+        call = _Call(function, arguments)
+        if self._meet:
+            self._together(call, self._meet())
+        while not call.done.wait(SECONDS):
+            if self.came:
+                raise CutError
+        return call.outcome()
+
+    def first(self, function: Callable, *arguments: Any) -> Any:
+        """As `unless` if there are other processes, else simply what `function` returns."""
+        return self.unless(function, *arguments) if self._meet else function(*arguments)
+
+    def _together(self, call: "_Call", meeting: Meeting) -> None:
+        """Returns when the call is done in all processes; CutError in all, if that comes first."""
+        arrived = False
+        while (word := meeting.word()) is None:
+            if self.came:
+                meeting.say(CUT)
+                continue
+            if call.done.is_set() and not arrived:
+                if call.error:
+                    return  # the others end with this process
+                meeting.arrive()
+                arrived = True
+            if arrived and meeting.full():
+                meeting.say(DONE)
+            elif arrived:
+                time.sleep(meeting.seconds)
+            else:
+                call.done.wait(meeting.seconds)
+        if word == CUT:
+            self.cut.append(signal.SIGTERM)
             raise CutError
-    if error:
-        raise error[0]
-    return result[0]
+
+
+class _Call:
+    """A call in a thread of its own."""
+
+    def __init__(self, function: Callable, arguments: tuple):
+        self.done, self.error = threading.Event(), None
+        self._function, self._arguments, self._result = function, arguments, None
+        threading.Thread(target=self._run, name="compiling", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._function(*self._arguments)
+        except BaseException as raised:
+            self.error = raised
+        finally:
+            self.done.set()
+
+    def outcome(self) -> Any:
+        """What it returned or raised."""
+        if self.error:
+            raise self.error
+        return self._result
 
 
 class Reader:
     """An iterator that a thread of its own reads, so that a signal ends the waiting for it.
 
     For batches that other processes make, which take seconds to start: they end with the thread
-    that started them, so it lives as long as they do.
+    that started them, so it lives as long as they do. Of several processes that train, all wait for
+    the first item together; what comes later, a wish to stop travels with.
     """
 
-    def __init__(self, items: Iterator, stopped: list[int]):
+    def __init__(self, items: Iterator, interrupt: Interrupt):
         """Reads an item whenever it is asked for one, and none in advance."""
-        self._items, self._stopped, self._cut = items, stopped, False
+        self._items, self._interrupt = items, interrupt
+        self._ask = interrupt.first
         self._wanted: queue.SimpleQueue = queue.SimpleQueue()
         self._found: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._read, name="reading", daemon=True)
@@ -71,22 +146,25 @@ class Reader:
 
     def __next__(self) -> Any:
         """The next item; CutError if a signal came first."""
+        ask, self._ask = self._ask, _plainly
+        return ask(self._next)
+
+    def _next(self) -> Any:
         self._wanted.put(True)
         while True:
             with suppress(queue.Empty):
                 item, error = self._found.get(timeout=SECONDS)
                 break
-            if self._stopped:
-                self._cut = True
+            if self._interrupt.cut:
                 raise CutError
         if error is not None:
             raise error
         return item
 
     def close(self) -> None:
-        """Closes the iterator, unless it is still busy with what nobody waits for."""
+        """Closes the iterator; does not wait for that where it may be busy for nobody."""
         self._wanted.put(False)
-        if not self._cut:
+        if not self._interrupt.cut:
             self._thread.join()
 
     def _read(self) -> None:
@@ -99,21 +177,25 @@ class Reader:
                     return
 
 
-class FirstCalls:
-    """A jitted function whose first call for each shape of a batch, which compiles, may be cut."""
+def _plainly(function: Callable) -> Any:
+    return function()
 
-    def __init__(self, function: Callable, stopped: list[int]):
-        self._function, self._stopped = function, stopped
+
+class FirstCalls:
+    """A function of a batch that compiles for each shape of one, which a signal may cut short."""
+
+    def __init__(self, function: Callable, interrupt: Interrupt):
+        """`function.compile`, of the same arguments, makes a later call compile nothing."""
+        self._function, self._interrupt = function, interrupt
         self._compiled: set[tuple] = set()
 
     def __call__(self, variables: Any, batch: dict[str, Any]) -> Any:
         """What the function returns; CutError if a signal came while it was compiled."""
         shapes = shapes_of(batch)
-        if shapes in self._compiled:
-            return self._function(variables, batch)
-        returned = unless(self._stopped, self._function, variables, batch)
-        self._compiled.add(shapes)
-        return returned
+        if shapes not in self._compiled:
+            self._interrupt.unless(self._function.compile, variables, batch)
+            self._compiled.add(shapes)
+        return self._function(variables, batch)
 
 
 def shapes_of(batch: dict[str, Any]) -> tuple:

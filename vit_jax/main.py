@@ -215,6 +215,7 @@ def _start(argv: list[str]) -> int:
             train(config, workdir)
     except StoppedError as error:
         if error.compiling:
+            processes.part()
             interrupt.leave(error.exit_status)
         return error.exit_status
     return 0

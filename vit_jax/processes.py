@@ -5,6 +5,7 @@ All of it is JAX's own runtime and collectives. With one process every function 
 
 import glob
 import importlib.util
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed  # its key-value store has no public name; Orbax takes it too
 from jax.experimental import multihost_utils
 
 from vit_jax.errors import ConfigError
@@ -20,6 +22,8 @@ from vit_jax.errors import ConfigError
 START = 300  # until all processes are there
 HEARTBEAT = 30  # without a sign of life
 SHUTDOWN = 30  # for the others to end as well
+
+_places = itertools.count()
 
 
 def join(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
@@ -87,6 +91,49 @@ def agree(fine: bool) -> bool:
     if alone():
         return fine
     return bool(multihost_utils.process_allgather(np.array(fine)).all())
+
+
+def part() -> None:
+    """Tells the others that this process ends as it should; waits until they do as well."""
+    if not alone():
+        jax.distributed.shutdown()
+
+
+class Meeting:
+    """A place where each process comes once, for all that need not wait in a collective.
+
+    Each process must open its meetings in the same order. It is kept by the first process, in the
+    key-value store of JAX's runtime.
+
+    Attributes:
+      seconds: between two looks, so that a pod's processes do not keep the first one busy.
+    """
+
+    def __init__(self):
+        self._store = distributed.global_state.client
+        self._place = f"vit_jax/meeting/{next(_places)}"
+        self.seconds = max(0.05, count() / 100)
+
+    def arrive(self) -> None:
+        """Tells that it is there."""
+        self._store.key_value_set(f"{self._place}/here/{number()}", "here")
+
+    def full(self) -> bool:
+        """Whether all are."""
+        return len(self._store.key_value_dir_get(f"{self._place}/here")) == count()
+
+    def say(self, word: str) -> None:
+        """Of all that is said by anybody, the first word counts."""
+        try:
+            self._store.key_value_set(f"{self._place}/word", word)
+        except jax.errors.JaxRuntimeError as error:
+            if "ALREADY_EXISTS" not in str(error):
+                raise
+
+    def word(self) -> str | None:
+        """That word; None as long as nobody said one."""
+        found = dict(self._store.key_value_dir_get(self._place))
+        return found.get(f"{self._place}/word")
 
 
 def from_first(plain: Any) -> Any:

@@ -18,15 +18,15 @@ from vit_jax.broken import BrokenPictures
 from vit_jax.contracts import Batch, Sums
 from vit_jax.errors import CheckpointError, DivergedError
 from vit_jax.evaluate import (
+    EvalStep,
     broken_pictures,
-    compile_eval_step,
     draw,
     evaluate_split,
     memory_errors,
     reader,
     rows_of,
 )
-from vit_jax.interrupt import CutError, FirstCalls, shapes_of, unless
+from vit_jax.interrupt import CutError, FirstCalls, Interrupt, shapes_of
 from vit_jax.lock import only_run
 from vit_jax.report import Report, read_metrics, sentence
 from vit_jax.run import Run, check_owner, claim, set_up
@@ -107,9 +107,9 @@ def _train(run: Run, workdir: Path, planned: faults.Faults, watchdog: Watchdog) 
 class _TrainStep:
     """The training step, compiled once for each shape that batches come in."""
 
-    def __init__(self, run: Run, report: Report, watchdog: Watchdog, stopped: list[int]):
+    def __init__(self, run: Run, report: Report, watchdog: Watchdog, interrupt: Interrupt):
         self._run, self._report, self._watchdog = run, report, watchdog
-        self._stopped = stopped
+        self._interrupt = interrupt
         self._compiled: dict[tuple, Callable] = {}
         self._compile(run.abstract_batch)
 
@@ -127,7 +127,7 @@ class _TrainStep:
         self._watchdog.patient()
         size = "x".join(map(str, batch["image"].shape[1:3])) if self._compiled else ""
         self._report.say(f"compiling the training step {f'for {size} pixels ' * bool(size)}...")
-        compiled = unless(self._stopped, self._run.compile_train_step, batch)
+        compiled = self._interrupt.unless(self._run.compile_train_step, batch)
         self._compiled[shapes_of(batch)] = compiled
         self._watchdog.alive()
         self._report.say(f"compiled in {time.monotonic() - began:.0f} s")
@@ -150,10 +150,9 @@ class _Loop:
         self.run, self.workdir, self.report, self.faults = run, workdir, report, planned
         self.watchdog = watchdog
         self.checkpoints, self.stopped = checkpoints, stopped
-        # One of several processes must not leave the others alone in a collective.
-        self.cut = stopped if processes.alone() else []
-        self.evaluate = FirstCalls(compile_eval_step(run), self.cut)
-        self.compiling = False  # whether a signal has cut a compilation short
+        self.interrupt = Interrupt(stopped, None if processes.alone() else processes.Meeting)
+        self.evaluate = FirstCalls(EvalStep(run), self.interrupt)
+        self.compiling = False  # whether a signal has cut a long call short
         self.rate = jax.jit(run.schedule)  # one program: its parts would each wait for a number
         per_epoch = max(int(run.steps_per_epoch), 1)
         self.eval_every = run.config["eval_every"] or per_epoch
@@ -190,17 +189,19 @@ class _Loop:
         numbers: dict[str, float] = {}
         if start and (start % self.eval_every == 0 or start == total) and not evaluated:
             numbers, rank = self._evaluate(state, start)  # the run was stopped before this row
+            if self._asked():
+                raise self._stop(start, state)
             if rank is not None:
                 self.checkpoints.rank(start, rank)
                 best = max(best, rank)
         if start < total:
             with report.paused(), memory_errors(run):
                 try:
-                    train_step = _TrainStep(run, report, self.watchdog, self.cut)
+                    train_step = _TrainStep(run, report, self.watchdog, self.interrupt)
                 except CutError:
                     self.compiling = True
                     raise self._stop(start, state) from None
-            with closing(reader(run, run.batches(start), self.cut)) as batches:
+            with closing(reader(run, run.batches(start), self.interrupt)) as batches:
                 state, numbers = self._steps(train_step, batches, state, start, best)
         self._pictures(state)
         report.say(f"finished: {sentence(numbers)}; see {self.workdir}")
@@ -289,7 +290,7 @@ class _Loop:
 
     def _asked(self) -> bool:
         """Whether a signal came: of several processes to any, as all know it at the same step."""
-        return bool(self.stopped) if processes.alone() else self.told_to_stop
+        return self.told_to_stop or (processes.alone() and bool(self.stopped))
 
     def _fetch(self, now: int, sums: dict, indices: np.ndarray) -> dict[str, np.ndarray]:
         """A finished step's sums on the host; says it if that update was not made.
@@ -351,12 +352,13 @@ class _Loop:
                         self.evaluate,
                         rows_of(state),
                         self.report,
-                        self.cut,
+                        self.interrupt,
                         self.watchdog.alive,
                     )
             except CutError:
                 self.compiling, results = True, None
             if results is None:
+                self.told_to_stop = True
                 return {}, None
             for split, numbers in results.items():
                 self.report.write(now, split, numbers)
@@ -378,7 +380,11 @@ class _Loop:
 
     def _pictures(self, state: step.TrainState) -> None:
         variables = list(rows_of(state).values())[-1]
-        drawn = draw(self.run, self.evaluate, variables)
+        try:
+            drawn = draw(self.run, self.evaluate, variables)
+        except CutError:  # these pictures have a shape of their own; the same command draws them
+            self.compiling = True
+            raise self._stop(self.run.total_steps, state) from None
         file, cell = self.workdir / PREDICTIONS, self.run.task.cell
         if processes.first():
             from vit_jax import pictures
