@@ -30,7 +30,18 @@ SHELL = (
 )
 CORE = frozenset(
     {
-        *("step", "build", "mesh", "optim", "checkpoint", "report", "cost", "pictures", "faults"),
+        *(
+            "step",
+            "build",
+            "mesh",
+            "optim",
+            "bundles",
+            "checkpoint",
+            "report",
+            "cost",
+            "pictures",
+            "faults",
+        ),
         *("interrupt", "keys", "targets", "watchdog", "lock", "broken", "processes", "standin"),
         *("programs", "worker"),
         "data.pipeline",

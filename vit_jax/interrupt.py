@@ -66,7 +66,7 @@ class Interrupt:
         Raises:
           CutError: as soon as a signal came, here or where another process makes the same call.
         """
-        call = _Call(function, arguments)
+        call = Call(function, *arguments)
         if self._meet:
             self._together(call, self._meet())
         while not call.done.wait(SECONDS):
@@ -78,7 +78,7 @@ class Interrupt:
         """As `unless` if there are other processes, else simply what `function` returns."""
         return self.unless(function, *arguments) if self._meet else function(*arguments)
 
-    def _together(self, call: "_Call", meeting: Meeting) -> None:
+    def _together(self, call: "Call", meeting: Meeting) -> None:
         """Returns when the call is done in all processes; CutError in all, if that comes first."""
         arrived = False
         while (word := meeting.word()) is None:
@@ -101,10 +101,10 @@ class Interrupt:
             raise CutError
 
 
-class _Call:
-    """A call in a thread of its own."""
+class Call:
+    """A call in a thread of its own, from now on."""
 
-    def __init__(self, function: Callable, arguments: tuple):
+    def __init__(self, function: Callable, *arguments: Any):
         self.done, self.error = threading.Event(), None
         self._function, self._arguments, self._result = function, arguments, None
         threading.Thread(target=self._run, name="compiling", daemon=True).start()
@@ -118,7 +118,8 @@ class _Call:
             self.done.set()
 
     def outcome(self) -> Any:
-        """What it returned or raised."""
+        """What it returns or raises, once it does."""
+        self.done.wait()
         if self.error:
             raise self.error
         return self._result

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from vit_jax.bundles import Bundles
 from vit_jax.errors import ConfigError, nearest
 from vit_jax.mesh import name_of
 
@@ -40,6 +41,7 @@ DEFAULTS = {
     "lr_scale": (),
     "clamp": (),
 }
+ELEMENTWISE = ("adamw", "sgd", "muon")  # each number of a small parameter is updated by itself
 _RANGES = {  # key: (what is wanted, whether a number is that)
     "weight_decay": ("at least 0", lambda v: 0 <= v < math.inf),
     "clip": ("at least 0 (0 is off)", lambda v: 0 <= v < math.inf),
@@ -190,7 +192,8 @@ def make(
       fit: Liu et al. 2025 (arXiv:2502.16982), eq. 4. Reads momentum, b1, b2, epsilon.
 
     The optimizers share one block of a config: what the chosen one does not read is left unread.
-    LAMB takes one norm over all layers of scanned `blocks`.
+    LAMB takes one norm over all layers of scanned `blocks`. Those that treat each number alike keep
+    their own numbers of small parameters in common vectors: see `vit_jax.bundles`.
 
     Args:
       spec: values for keys of `DEFAULTS`. `no_decay`, `freeze` and the first entry of each pair
@@ -215,9 +218,21 @@ def make(
 
     b1, b2, epsilon = spec["b1"], spec["b2"], spec["epsilon"]
     mask = _decayed(params, spec["no_decay"], spec["decay_1d"])
+    kept = jax.tree.map(lambda _: True, params)
+    if spec["freeze"]:
+        kept = trainable(params, spec["freeze"])
+    scales = _scales(params, spec["layer_decay"], spec["lr_scale"])
+    ranges = [_range(params, entry, kept) for entry in spec["clamp"]]
+    no_matrix = jax.tree.map(lambda _: False, params)
+    matrices = _inside_blocks(params) if spec["name"] == "muon" else no_matrix
+    together = spec["name"] in ELEMENTWISE
+    # A factor for each scanned layer belongs to one array.
+    apart = jax.tree.map(lambda s: not together or isinstance(s, np.ndarray), scales)
+    kinds = (mask, kept, scales, *(found for found, *_ in ranges))
+    bundles = Bundles(params, apart=apart, matrices=matrices, kinds=kinds)
     decay = optax.identity()
     if spec["weight_decay"]:
-        decay = optax.add_decayed_weights(spec["weight_decay"], mask)
+        decay = optax.add_decayed_weights(spec["weight_decay"], bundles.of(mask))
     momentum = optax.trace(spec["momentum"], spec["nesterov"])
     factored = optax.scale_by_factored_rms(
         decay_rate_fn=lambda step, power: jnp.minimum(b2, 1 - (step + 1.0) ** -power)
@@ -228,7 +243,7 @@ def make(
         "sgd": [decay, momentum] if spec["momentum"] else [decay],
         "lamb": [optax.scale_by_adam(b1, b2, epsilon), decay, optax.scale_by_trust_ratio()],
         "adafactor": [factored, first_moment, decay] if b1 else [factored, decay],
-        "muon": [_muon(spec), decay],
+        "muon": [_muon(spec, bundles.of(matrices)), decay],
     }
     name = spec["name"]
     if name not in directions:
@@ -237,38 +252,41 @@ def make(
     chain = optax.chain(*clip, *directions[name], optax.scale_by_learning_rate(schedule))
 
     if spec["freeze"]:
-        kept = trainable(params, spec["freeze"])
-        labels = jax.tree.map(lambda k: "train" if k else "freeze", kept)
+        labels = jax.tree.map(lambda k: "train" if k else "freeze", bundles.of(kept))
         chain = optax.partition({"train": chain, "freeze": optax.set_to_zero()}, labels)
     if spec["layer_decay"] != 1 or spec["lr_scale"]:
-        scales = _scales(params, spec["layer_decay"], spec["lr_scale"])
+        factors = bundles.of(scales)
 
         def scaled(updates: Tree, _: Tree) -> Tree:
-            return jax.tree.map(lambda u, s: u * jnp.asarray(s, u.dtype), updates, scales)
+            return jax.tree.map(lambda u, s: u * jnp.asarray(s, u.dtype), updates, factors)
 
         chain = optax.chain(chain, optax.stateless(scaled))
-    for entry in spec["clamp"]:
-        chain = optax.chain(chain, _clamp(params, entry, spec["freeze"]))
-    return chain
+    for chosen, least, most in ranges:
+        chain = optax.chain(chain, _clamp(bundles.of(chosen), least, most))
+    return bundles.around(chain)
 
 
-def _clamp(params: Tree, entry: Any, freeze: str) -> optax.GradientTransformation:
-    """Cuts updates so that the parameters a pattern finds stay within a range; not frozen ones.
-
-    Radford et al. 2021 (arXiv:2103.00020), section 2.5: CLIP's logits are scaled by 100 at most.
+def _range(params: Tree, entry: Any, kept: Tree) -> tuple[Tree, float, float]:
+    """The parameters that a pattern finds, but frozen ones, and the range they must stay in.
 
     Raises:
       ConfigError: if `entry` is no (pattern, least, most), or its pattern matches nothing.
     """
     match entry:
         case (str(pattern), int(least) | float(least), int(most) | float(most)) if least < most:
-            frozen = _matches("freeze", freeze, params)
             found = _matches("clamp", pattern, params)
-            chosen = jax.tree.map(lambda c, f: c and not f, found, frozen)
+            return jax.tree.map(lambda f, k: f and k, found, kept), least, most
         case _:
             raise ConfigError(
                 f"optimizer.clamp must hold triples (pattern, least, most), not {entry!r}"
             )
+
+
+def _clamp(chosen: Tree, least: float, most: float) -> optax.GradientTransformation:
+    """Cuts updates so that the chosen parameters stay within a range.
+
+    Radford et al. 2021 (arXiv:2103.00020), section 2.5: CLIP's logits are scaled by 100 at most.
+    """
 
     def within(updates: Tree, params: Tree) -> Tree:
         return jax.tree.map(
@@ -278,8 +296,8 @@ def _clamp(params: Tree, entry: Any, freeze: str) -> optax.GradientTransformatio
     return optax.stateless(within)
 
 
-def _muon(spec: Mapping[str, Any]) -> optax.GradientTransformation:
-    """Muon for matrices in blocks, Adam for all else; before weight decay and learning rate."""
+def _inside_blocks(params: Tree) -> Tree:
+    """A tree of bool, True for the matrices of dense layers in blocks."""
 
     def is_matrix(path: Any, x: Any) -> bool:
         place = name_of(path).split("/")
@@ -287,8 +305,12 @@ def _muon(spec: Mapping[str, Any]) -> optax.GradientTransformation:
         inside = scanned or any(re.fullmatch(r"(block|encoder|decoder)_\d+", p) for p in place)
         return inside and place[-1] == "kernel" and x.ndim == 2 + scanned
 
-    def labels(params: Tree) -> Tree:
-        return jax.tree.map_with_path(lambda p, x: "muon" if is_matrix(p, x) else "adam", params)
+    return jax.tree.map_with_path(is_matrix, params)
+
+
+def _muon(spec: Mapping[str, Any], matrices: Tree) -> optax.GradientTransformation:
+    """Muon for matrices in blocks, Adam for all else; before weight decay and learning rate."""
+    labels = jax.tree.map(lambda is_matrix: "muon" if is_matrix else "adam", matrices)
 
     def axes(params: Tree) -> Tree:
         return jax.tree.map(

@@ -1,6 +1,7 @@
 """One step of training and one of evaluation: pure functions of arrays, jitted over the mesh."""
 
 import inspect
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -141,7 +142,7 @@ def train_step(
         ema = optim.update_ema(ema, {"params": params, **model_state}, ema_decay, state.step)
     new = TrainState(state.step + 1, params, model_state, opt_state, ema)
     old = state.replace(step=state.step + 1)
-    new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    new = jax.tree.map(partial(jax.lax.select_n, finite), old, new)
     sums = sums | {"grad_norm": grad_norm, "finite": finite.astype(jnp.float32)}
     if "stop" in batch:
         sums["stop"] = jnp.any(batch["stop"]).astype(jnp.float32)

@@ -26,7 +26,7 @@ from vit_jax.evaluate import (
     reader,
     rows_of,
 )
-from vit_jax.interrupt import CutError, FirstCalls, Interrupt, shapes_of
+from vit_jax.interrupt import Call, CutError, FirstCalls, Interrupt, shapes_of
 from vit_jax.lock import only_run
 from vit_jax.report import Report, read_metrics, sentence
 from vit_jax.run import Run, check_owner, claim, set_up
@@ -87,8 +87,8 @@ def _train(run: Run, workdir: Path, planned: faults.Faults, watchdog: Watchdog) 
         workdir, **config["checkpoint"], warn=warnings.append, faults=planned
     )
     restored = checkpoints.restore(run.abstract_state)
-    with memory_errors(run):
-        state, start = restored or (run.init(), 0)
+    # A fresh state is made while the step compiles: neither alone keeps two cores busy.
+    state, start = restored or (Call(run.init), 0)
     durations = run.total_steps, run.steps_per_epoch, config["batch_size"], start
     with Report(workdir, *durations, quiet=not processes.first()) as report, signals() as stopped:
         checkpoints.warn = report.warn
@@ -169,8 +169,11 @@ class _Loop:
         self.told_to_stop = False  # by any of several processes
         self.drawn = -np.inf  # when the curves were
 
-    def go(self, state: step.TrainState, start: int) -> dict[str, float]:
-        """From a state to the end of the run; the last evaluation's numbers."""
+    def go(self, state: step.TrainState | Call, start: int) -> dict[str, float]:
+        """From a state to the end of the run; the last evaluation's numbers.
+
+        At step 0 the state may be still to come.
+        """
         run, report, total = self.run, self.report, self.run.total_steps
         ranked = "validation_ema" if run.config["ema"] > 0 else "validation"
         rows = [r for r in read_metrics(self.workdir) if r["split"] == ranked]
@@ -198,6 +201,8 @@ class _Loop:
             with report.paused(), memory_errors(run):
                 try:
                     train_step = _TrainStep(run, report, self.watchdog, self.interrupt)
+                    if isinstance(state, Call):
+                        state = self.interrupt.unless(state.outcome)
                 except CutError:
                     self.compiling = True
                     raise self._stop(start, state) from None
