@@ -54,6 +54,28 @@ def test_a_model_reads_the_batch_entries_its_signature_names():
         step.inputs(Reader(), {"label": 2})
 
 
+class FirstPicture(nn.Module):
+    """Parameters that begin as the first picture seen is, which no architecture here does."""
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        mean = self.param("mean", lambda _: image.mean() + 3.0)
+        return nn.Dense(3)(image.reshape(image.shape[0], -1) - mean)
+
+
+@pytest.mark.parametrize("model", [Small(), FirstPicture()])
+def test_first_variables_are_computed_without_the_forward_pass_that_found_them(model):
+    batch = {name: np.zeros_like(value) for name, value in batch_of().items()}
+    task, key = Classification(), jax.random.key(3)
+    shapes, compute = step.traced(
+        partial(step.init_and_score, model=model, task=task), jax.random.key(0), batch
+    )
+    expected = jax.jit(partial(step.init_variables, model=model))(key, batch)
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, expected)
+    chex.assert_trees_all_close(jax.jit(compute)(key), expected, rtol=1e-6)
+    assert "dot_general" not in str(jax.make_jaxpr(compute)(key))
+
+
 def test_randomness_is_a_function_of_key_and_step():
     state, function = parts(rate=0.5)
     run = jax.jit(function)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
@@ -63,6 +62,7 @@ class Run:
     optimizer: optax.GradientTransformation
     abstract_state: step.TrainState  # shapes with shardings
     abstract_batch: dict[str, jax.ShapeDtypeStruct]
+    fresh: Callable[[jax.Array], Any]  # a key -> the first variables {"params", **model_state}
     remarks: tuple[str, ...]  # what the data and the checkpoint had to tell
     warm_start: finetune.WarmStart | None  # what the first state takes from `config.init`
     tokenizer: vocabulary.Tokenizer | None  # of what reads captions
@@ -113,12 +113,9 @@ class Run:
 
     def init(self) -> step.TrainState:
         """The state of step 0 on the mesh: fresh, or with the weights of `config.init`."""
-        shapes = self.abstract_batch.items()
-        batch = {k: jnp.zeros((1, *v.shape[1:]), v.dtype) for k, v in shapes}
         shardings = _shardings(self.abstract_state)
         of_variables = {"params": shardings.params, **shardings.model_state}
-        function = partial(step.init_variables, batch=batch, model=self.model)
-        fresh = self._once(function, self.key, of_variables)
+        fresh = self._once(self.fresh, self.key, of_variables)
         variables = self.warm_start.fill(fresh) if self.warm_start else fresh
         start = partial(step.init_state, optimizer=self.optimizer, ema=self.config["ema"] > 0)
         return self._once(start, variables, shardings)
@@ -226,9 +223,8 @@ def set_up(
 
     abstract_batch = _abstract_batch(config, splits[0], transforms[0], mix, devices)
     try:
-        variables = jax.eval_shape(
-            partial(step.init_and_score, model=model, task=task), jax.random.key(0), abstract_batch
-        )
+        function = partial(step.init_and_score, model=model, task=task)
+        variables, fresh = step.traced(function, jax.random.key(0), abstract_batch)
     except ValueError as error:  # what a module says of a size or a name it cannot work with
         raise ConfigError(str(error)) from error
     warm_start = None
@@ -255,6 +251,7 @@ def set_up(
         optimizer=optimizer,
         abstract_state=mesh.lay_out(state, state.params, devices, config["sharding"]),
         abstract_batch=abstract_batch,
+        fresh=fresh,
         remarks=tuple(dict.fromkeys(remarks)),
         warm_start=warm_start,
         tokenizer=tokenizer,

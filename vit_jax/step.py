@@ -1,6 +1,7 @@
 """One step of training and one of evaluation: pure functions of arrays, jitted over the mesh."""
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from jax.extend import core
 
 from vit_jax import optim
 from vit_jax.contracts import Batch, Outputs, Predictions, Sums, Task
@@ -70,6 +72,31 @@ def init_and_score(
     if task is not None:
         task.score(outputs, batch)
     return {name: tree for name, tree in variables.items() if name != "intermediates"}
+
+
+def traced(function: Callable, key: jax.Array, batch: Tree) -> tuple[Tree, Callable]:
+    """Shapes of what a function of a key and a batch returns, and how to compute it from a key.
+
+    Flax needs a whole forward pass to find a model's parameters, which takes a second to trace. It
+    is traced once, for the shapes and for the values; these need the random numbers alone.
+    """
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(key, batch)
+    jaxpr, structure = closed.jaxpr, jax.tree.structure(shapes)
+    needed, equations = set(jaxpr.outvars), []
+    for equation in reversed(jaxpr.eqns):
+        if not needed.isdisjoint(equation.outvars):
+            needed |= {v for v in equation.invars if isinstance(v, core.Var)}
+            equations.append(equation)
+    jaxpr = jaxpr.replace(eqns=equations[::-1])
+    rows = [v.aval for v in jaxpr.invars[1:]]
+    again = core.jaxpr_as_fun(closed.replace(jaxpr=jaxpr))
+
+    def compute(key: jax.Array) -> Tree:
+        # What depends on the pictures, which no module here does, sees black ones.
+        leaves = again(key, *(jnp.zeros(v.shape, v.dtype) for v in rows))
+        return jax.tree.unflatten(structure, leaves)
+
+    return shapes, compute
 
 
 def init_state(
