@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
-from vit_jax import mesh, processes
+from vit_jax import bucket, mesh, processes
 from vit_jax.errors import CheckpointError
 from vit_jax.faults import NONE, Faults
 
@@ -45,7 +46,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        workdir: str | Path,
+        workdir: str | os.PathLike,
         *,
         keep_last: int = 2,
         keep_best: int = 1,
@@ -56,14 +57,14 @@ class Checkpoints:
         """Opens or makes the folder.
 
         Args:
-          workdir: the run folder.
+          workdir: the run folder; an `epath.Path` may lie in a bucket.
           keep_last: how many of the newest checkpoints stay.
           keep_best: how many of those saved with the highest `rank` stay as well.
           warn: where warnings go; may be set anew later.
           faults: what is to go wrong, in tests.
           read_only: changes nothing in the folder, in which a run may be going on.
         """
-        self.folder = Path(workdir).absolute() / "checkpoints"
+        self.folder = _folder(workdir)
         self.failure = ""
         self.notes: dict[str, Any] = {}  # those of the checkpoint that was restored last
         self.warn = warn
@@ -86,8 +87,9 @@ class Checkpoints:
                 read_only=True, create=False, save_interval_steps=0
             )
         handlers = {"state": ocp.StandardCheckpointHandler(), "seal": ocp.JsonCheckpointHandler()}
-        manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
-        self._ranks |= _ranks(self.folder, manager.all_steps())
+        with _answering(self.folder):
+            manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+            self._ranks |= _ranks(self.folder, manager.all_steps())
         return manager
 
     def steps(self) -> list[int]:
@@ -153,10 +155,11 @@ class Checkpoints:
             return
         file = _seal_of(self.folder, step)
         try:
-            seal = _read_seal(self.folder, step) | {"rank": float(rank)}
-            unfinished = file.with_suffix(".tmp")
-            unfinished.write_text(json.dumps(seal | {"check": _checksum(seal)}))
-            os.replace(unfinished, file)  # at no moment without a whole seal
+            with _answering(self.folder):
+                seal = _read_seal(self.folder, step) | {"rank": float(rank)}
+                unfinished = file.with_suffix(".tmp")
+                unfinished.write_text(json.dumps(seal | {"check": _checksum(seal)}))
+                unfinished.replace(file)  # at no moment without a whole seal
             self._ranks[step] = float(rank)
         except (OSError, ValueError, KeyError) as error:
             self.warn(f"checkpoint {step} could not be ranked: {error}")
@@ -171,14 +174,14 @@ class Checkpoints:
         return not self.failure
 
     def _failed(self, step: int | None, error: Exception) -> None:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        self.failure = f"checkpoint {step} could not be written: {reason[0][:300]}"
+        self.failure = f"checkpoint {step} could not be written: {_reason(error, 300)}"
         if not processes.alone():  # the others would wait for this one to save with them
             raise CheckpointError(self.failure) from error
         self.warn(f"{self.failure}; the run goes on, older checkpoints are intact")
         self._close()
         shutil.rmtree(self.folder / f"{step}{UNFINISHED}", ignore_errors=True)  # it takes up room
-        self._manager = self._open()  # the old manager believes that the failed step exists
+        with suppress(CheckpointError):  # a bucket that is still silent is asked at the next save
+            self._manager = self._open()  # the old one believes that the failed step exists
 
     def restore(self, target: Tree, *, step: int | None = None) -> tuple[Tree, int] | None:
         """The newest good checkpoint, laid out as `target`; None if there is none at all.
@@ -191,11 +194,13 @@ class Checkpoints:
           step: only this one.
 
         Raises:
-          CheckpointError: if the newest checkpoint is of another model (then nothing is renamed),
-            or if there are checkpoints and none can be read, now or when they were set aside.
+          CheckpointError: if the newest checkpoint is of another model, or the bucket does not
+            answer (then nothing is renamed), or if there are checkpoints and none can be read, now
+            or when they were set aside.
         """
         steps = processes.from_first([s for s in self.steps() if step is None or s == step])
-        aside = sorted(p.name for p in self.folder.iterdir() if p.name.startswith(DAMAGED))
+        with _answering(self.folder):
+            aside = [name for name in _names(self.folder) if name.startswith(DAMAGED)]
         if aside and not steps:  # the command that set them aside was given once more
             raise CheckpointError(
                 f"{self.folder} holds damaged checkpoints only: {', '.join(aside)}. Start anew "
@@ -205,7 +210,8 @@ class Checkpoints:
             for candidate in reversed(steps):
                 damage = None
                 try:
-                    state = self._restore_one(candidate, target)
+                    with _answering(self.folder):
+                        state = self._restore_one(candidate, target)
                 # Too little memory says nothing of the file.
                 except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
                     raise
@@ -244,7 +250,8 @@ class Checkpoints:
             f"{aside.name}, going back to the one before"
         )
         self._close()
-        processes.first_does(os.rename, self.folder / str(step), aside)
+        with _answering(self.folder):
+            processes.first_does((self.folder / str(step)).rename, aside)
         self._manager = self._open()  # the old manager would refuse to save that step again
 
     def _check_same_model(self, step: int, target: Tree, seal: dict[str, Any]) -> None:
@@ -294,6 +301,39 @@ class _Best:
         return [c.step in best for c in checkpoints]
 
 
+def _folder(workdir: str | os.PathLike) -> Path | epath.Path:
+    """Where the checkpoints of a run folder lie, which may be in a bucket."""
+    if isinstance(workdir, epath.Path):
+        return workdir / "checkpoints"
+    return Path(workdir).absolute() / "checkpoints"
+
+
+@contextmanager
+def _answering(folder: Path | epath.Path) -> Iterator[None]:
+    """CheckpointError for a bucket that does not answer, which says nothing of what it holds."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if isinstance(folder, epath.Path) and bucket.unreached(error):
+            raise CheckpointError(f"{folder} cannot be reached: {_reason(error)}") from error
+        raise
+
+
+def _names(folder: Path | epath.Path) -> list[str]:
+    """What is in a folder; a bucket's is there as long as something is in it."""
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _reason(error: Exception, most: int = 200) -> str:
+    """The first line of what an error says, or what it is."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
 def _seal_of(folder: Path, step: int) -> Path:
     return folder / str(step) / "seal" / "metadata"
 
@@ -338,7 +378,7 @@ class Saved:
     ema: Tree
 
 
-def read(workdir: str | Path) -> Saved:
+def read(workdir: str | os.PathLike) -> Saved:
     """The best checkpoint of a run that can be read, else the newest; nothing is changed.
 
     The run may still be going on. A damaged checkpoint is passed over.
@@ -346,11 +386,13 @@ def read(workdir: str | Path) -> Saved:
     Raises:
       CheckpointError: if there is none.
     """
-    folder = Path(workdir).absolute() / "checkpoints"
-    if not folder.is_dir():
-        raise CheckpointError(f"{workdir} holds no checkpoints")
+    folder = _folder(workdir)
     reasons = []
-    with _without_remarks(), _reading(folder) as manager:
+    with _answering(folder):
+        there = folder.is_dir()
+    if not there:
+        raise CheckpointError(f"{workdir} holds no checkpoints")
+    with _without_remarks(), _answering(folder), _reading(folder) as manager:
         steps = manager.all_steps()
         ranked = sorted((rank, step) for step, rank in _ranks(folder, steps).items())
         order = [step for _, step in ranked[::-1]] + sorted(steps, reverse=True)
@@ -359,8 +401,7 @@ def read(workdir: str | Path) -> Saved:
                 try:
                     return _read_one(manager, folder, step)
                 except Exception as error:  # Orbax raises at least seven types on damaged files
-                    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                    reasons.append(f"{step}: {reason[:200]}")
+                    reasons.append(f"{step}: {_reason(error)}")
                 gc.collect()
     told = f": {'; '.join(reasons)}" if reasons else ""
     raise CheckpointError(f"{workdir} holds no checkpoint that can be read{told}")

@@ -46,8 +46,9 @@ def guard(body: Callable[[], int], stopped: str = "stopped") -> int:
 def quiet() -> None:
     """Keeps libraries' chatter off the terminal: what a command says is what a person reads."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # Orbax logs a page of traceback for a full disk, which `checkpoint.py` says in a sentence.
-    for name in ("absl", "asyncio"):
+    # Orbax logs a page of traceback for a full disk, which `checkpoint.py` says in a sentence, and
+    # gcsfs each request of a bucket whose kind it could not find out.
+    for name in ("absl", "asyncio", "gcsfs"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     # Parts of a save that Orbax gives up, after one of them has failed, complain here and there.

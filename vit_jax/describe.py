@@ -87,7 +87,7 @@ def sentences(found: dict[str, Any]) -> list[tuple[str, str]]:
     size = "x".join(map(str, found["image_size"]))
     shown = ", ".join(f"{k}={_plain(v)}" for k, v in found["fields"].items())
     arrays = found["arrays"]
-    classes = "no head"
+    classes = "none" if found["model"] else "no head"  # a model that tells something else
     if found["classes"]:
         some = ", ".join(found["labels"][:4]) + (", ..." if len(found["labels"]) > 4 else "")
         classes = f"{found['classes']:,}" + (f": {some}" if some else ", without names")

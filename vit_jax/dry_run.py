@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax import cost, mesh, pictures
+from vit_jax import bucket, cost, mesh, pictures
 from vit_jax.contracts import Batch
 from vit_jax.evaluate import memory_errors
 from vit_jax.report import Report
@@ -26,8 +26,12 @@ def dry_run(config: dict[str, Any], workdir: str | Path) -> Path:
     Returns:
       The picture's path.
     """
-    workdir = Path(workdir)
-    run = set_up(config, workdir=workdir)
+    with bucket.run_folder(workdir) as folder:
+        return _dry_run(config, folder)
+
+
+def _dry_run(config: dict[str, Any], folder: bucket.Folder) -> Path:
+    run = set_up(config, workdir=folder.files)
     with Report(None, run.total_steps, run.steps_per_epoch, config["batch_size"]) as report:
         describe(run, report.say)
         names = jax.tree_util.tree_flatten_with_path(run.abstract_state.params)[0]
@@ -35,8 +39,8 @@ def dry_run(config: dict[str, Any], workdir: str | Path) -> Path:
             report.say(f"  {mesh.name_of(path)} {leaf.shape}")
         with closing(run.batches(0)) as batches:
             batch = next(batches)
-        workdir.mkdir(parents=True, exist_ok=True)
-        picture = _draw(run, batch, workdir / "batch.png")
+        folder.files.mkdir(parents=True, exist_ok=True)
+        picture = folder.root / _draw(run, batch, folder.files / "batch.png").name
         report.say(f"the first batch, as the model sees it: {picture}")
         began = time.monotonic()
         with memory_errors(run):

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax import checkpoint, mesh, processes, step
+from vit_jax import bucket, checkpoint, mesh, processes, step
 from vit_jax.build import build
 from vit_jax.contracts import Batch, Dataset, Example, Predictions, Sums
 from vit_jax.data import pipeline
@@ -23,6 +23,10 @@ SHOWN = 32  # held-out pictures in predictions.png, at most
 def evaluate(config: dict[str, Any], workdir: str | Path) -> dict[str, dict[str, float]]:
     """Evaluates the last checkpoint of a run, and the best one where another is kept.
 
+    Args:
+      config: as `main.parse` gives it.
+      workdir: the run folder, or `gs://BUCKET/RUN`.
+
     Returns:
       {"step 460 validation": {"accuracy": ...}, ...}, as it is said.
 
@@ -30,7 +34,12 @@ def evaluate(config: dict[str, Any], workdir: str | Path) -> dict[str, dict[str,
       ConfigError, DataError: as for training.
       CheckpointError: if the folder is of another config, or holds no checkpoint.
     """
-    workdir = Path(workdir)
+    with bucket.run_folder(workdir) as folder:
+        return _evaluate(config, folder)
+
+
+def _evaluate(config: dict[str, Any], folder: bucket.Folder) -> dict[str, dict[str, float]]:
+    workdir = folder.files
     run = set_up(config, workdir=workdir)
     if not check_owner(workdir, config):
         raise CheckpointError(f"{workdir} is no run folder: there is nothing to evaluate")
@@ -41,7 +50,7 @@ def evaluate(config: dict[str, Any], workdir: str | Path) -> dict[str, dict[str,
     with Report(None, *durations, quiet=not processes.first()) as report:
         # A run that goes on in this folder is not to notice.
         checkpoints = checkpoint.Checkpoints(
-            workdir, **config["checkpoint"], warn=report.warn, read_only=True
+            folder.root, **config["checkpoint"], warn=report.warn, read_only=True
         )
         try:
             if not checkpoints.steps():

@@ -16,8 +16,8 @@ def only_run(workdir: Path) -> Iterator[None]:
     """Keeps other runs out of `workdir` as long as the context, or this process, lives.
 
     The system releases the lock with the process, however that ends. Evaluating and predicting ask
-    for none. What is no local folder (an address of a bucket), or a file system without locks, is
-    not guarded.
+    for none. A folder in a bucket, of which each run has local files of its own, and a file system
+    without locks are not guarded.
 
     Raises:
       CheckpointError: if another run is in the folder, with its process where that is known.

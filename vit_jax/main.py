@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vit_jax import command, faults, interrupt, keys, programs, targets
+from vit_jax import bucket, command, faults, interrupt, keys, programs, targets
 from vit_jax.build import flatten
 from vit_jax.errors import ConfigError, nearest
 
@@ -46,8 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     return command.guard(lambda: _start(argv), "stopped before anything was trained")
 
 
-def parse(argv: list[str]) -> tuple[dict[str, Any], Path, str, bool]:
+def parse(argv: list[str]) -> tuple[dict[str, Any], Path | str, str, bool]:
     """Command line -> the config as plain data, workdir, mode and whether it is a dry run.
+
+    The workdir is a path, or an address in a bucket as it was given.
 
     Raises:
       ConfigError: one sentence for anything that is wrong with it.
@@ -71,12 +73,16 @@ def parse(argv: list[str]) -> tuple[dict[str, Any], Path, str, bool]:
     keys.check(config)
     targets.check(config)
     folders = {f"data.{key}": config["data"][key] for key in ("data_dir", "tokenizer")}
-    for name, path in ({"--workdir": values.workdir} | folders).items():
+    if not bucket.is_address(values.workdir):
+        folders = {"--workdir": values.workdir} | folders
+    for name, path in folders.items():
         if "://" in path:  # which a file system would take for folders of such names
             raise ConfigError(
                 f"{name}={path} is an address, and a folder was wanted: mount the bucket, as "
                 "docs/scale.md says"
             )
+    if bucket.is_address(values.workdir):
+        return config, bucket.checked(values.workdir), values.mode, values.dry_run
     file, _, recipe = spec.partition(":")
     workdir = (
         values.workdir or Path("runs") / f"{Path(file).stem}-{recipe or config['data']['name']}"

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax import checkpoint, cost, faults, mesh, processes, step
+from vit_jax import bucket, checkpoint, cost, faults, mesh, processes, step
 from vit_jax.broken import BrokenPictures
 from vit_jax.contracts import Batch, Sums
 from vit_jax.errors import CheckpointError, DivergedError
@@ -56,6 +56,10 @@ class StoppedError(Exception):
 def train(config: dict[str, Any], workdir: str | Path) -> dict[str, float]:
     """Trains what `config` describes in `workdir`, going on where an earlier run stopped.
 
+    Args:
+      config: as `main.parse` gives it.
+      workdir: the run folder, or `gs://BUCKET/RUN`.
+
     Returns:
       The last evaluation's numbers.
 
@@ -69,33 +73,45 @@ def train(config: dict[str, Any], workdir: str | Path) -> dict[str, float]:
       StoppedError: after Ctrl-C or SIGTERM, with the current step saved.
     """
     planned = faults.read()
-    workdir = Path(workdir)
-    run = set_up(config, workdir=workdir)
-    labels = run.train_data.class_names
-    processes.first_does(claim, workdir, config, labels, run.tokenizer)
-    with ExitStack() as held, Watchdog(config["hang_seconds"]) as watchdog:
-        processes.first_does(held.enter_context, only_run(workdir))
-        check_owner(workdir, config)  # two may have claimed it in the same moment
-        return _train(run, workdir, planned, watchdog)
+    with bucket.run_folder(workdir) as folder:
+        run = set_up(config, workdir=folder.files)
+        processes.first_does(_claim, folder, run)
+        with ExitStack() as held, Watchdog(config["hang_seconds"]) as watchdog:
+            processes.first_does(_enter, folder, held)
+            check_owner(folder.files, config)  # two may have claimed it in the same moment
+            return _train(run, folder, planned, watchdog)
 
 
-def _train(run: Run, workdir: Path, planned: faults.Faults, watchdog: Watchdog) -> dict[str, float]:
+def _claim(folder: bucket.Folder, run: Run) -> None:
+    claim(folder.files, run.config, run.train_data.class_names, run.tokenizer)
+    folder.claim()
+
+
+def _enter(folder: bucket.Folder, held: ExitStack) -> None:
+    held.enter_context(only_run(folder.files))
+    folder.claim()  # who is in it; a bucket that cannot be written says so now
+
+
+def _train(
+    run: Run, folder: bucket.Folder, planned: faults.Faults, watchdog: Watchdog
+) -> dict[str, float]:
     """As `train`, in a folder that belongs to this process."""
     config = run.config
     warnings: list[str] = []
     checkpoints = checkpoint.Checkpoints(
-        workdir, **config["checkpoint"], warn=warnings.append, faults=planned
+        folder.root, **config["checkpoint"], warn=warnings.append, faults=planned
     )
     restored = checkpoints.restore(run.abstract_state)
     # A fresh state is made while the step compiles: neither alone keeps two cores busy.
     state, start = restored or (Call(run.init), 0)
     durations = run.total_steps, run.steps_per_epoch, config["batch_size"], start
-    with Report(workdir, *durations, quiet=not processes.first()) as report, signals() as stopped:
+    quiet = not processes.first()
+    with Report(folder.files, *durations, quiet=quiet) as report, signals() as stopped:
         checkpoints.warn = report.warn
         for text in warnings:
             report.warn(text)
         try:
-            loop = _Loop(run, workdir, report, checkpoints, stopped, watchdog, planned, start)
+            loop = _Loop(run, folder, report, checkpoints, stopped, watchdog, planned, start)
             numbers = loop.go(state, start)
         finally:
             written = checkpoints.close()
@@ -139,7 +155,7 @@ class _Loop:
     def __init__(
         self,
         run: Run,
-        workdir: Path,
+        folder: bucket.Folder,
         report: Report,
         checkpoints: checkpoint.Checkpoints,
         stopped: list[int],
@@ -147,8 +163,8 @@ class _Loop:
         planned: faults.Faults,
         start: int,
     ):
-        self.run, self.workdir, self.report, self.faults = run, workdir, report, planned
-        self.watchdog = watchdog
+        self.run, self.folder, self.report, self.faults = run, folder, report, planned
+        self.workdir, self.watchdog = folder.files, watchdog
         self.checkpoints, self.stopped = checkpoints, stopped
         self.interrupt = Interrupt(stopped, None if processes.alone() else processes.Meeting)
         self.evaluate = FirstCalls(EvalStep(run), self.interrupt)
@@ -159,7 +175,7 @@ class _Loop:
         self.checkpoint_every = run.config["checkpoint_every"] or self.eval_every
         self.log_every = run.config["log_every"] or max(min(per_epoch // 4, 50), 1)
         self.broken = BrokenPictures(
-            workdir,
+            self.workdir,
             report,
             start=start,
             examples=len(run.train_data),
@@ -180,7 +196,9 @@ class _Loop:
         rows = processes.from_first(rows)  # another host may see the file as it was
         evaluated = any(r["step"] == start for r in rows)
         if start >= total and evaluated:
-            report.say(f"finished already: {total} steps; {sentence(rows[-1])}; see {self.workdir}")
+            report.say(
+                f"finished already: {total} steps; {sentence(rows[-1])}; see {self.folder.root}"
+            )
             drawn = (self.workdir / PREDICTIONS).exists()
             if not processes.from_first(drawn):  # it was killed on the last yards
                 self._pictures(state)
@@ -209,7 +227,7 @@ class _Loop:
             with closing(reader(run, run.batches(start), self.interrupt)) as batches:
                 state, numbers = self._steps(train_step, batches, state, start, best)
         self._pictures(state)
-        report.say(f"finished: {sentence(numbers)}; see {self.workdir}")
+        report.say(f"finished: {sentence(numbers)}; see {self.folder.root}")
         return numbers
 
     def _steps(
@@ -276,9 +294,19 @@ class _Loop:
                     f"step {now}: parameters, statistics or optimizer are not finite, although "
                     "loss and gradient were; they are not saved. A smaller learning_rate helps"
                 )
-            self.report.flush()  # a run that goes on from here writes nothing of before it again
+            # A run that goes on from here writes nothing of before it again: its rows have to be
+            # where they stay before this checkpoint is one.
+            self.report.flush()
+            self._push()
             self.checkpoints.save(now, state, rank=rank, notes={"row": row.notes()})
             self.watchdog.alive()
+
+    def _push(self) -> None:
+        """What was written reaches a bucket; a folder of the file system has it already."""
+        try:
+            self.folder.push()
+        except OSError as error:  # a checkpoint without its rows is worth more than none
+            self.report.warn(f"files could not be copied to {self.folder.root} yet: {error}")
 
     def _stop(self, now: int, state: step.TrainState, row: "_Row | None" = None) -> Exception:
         """Saves what there is; the error that ends the run."""
@@ -375,6 +403,7 @@ class _Loop:
 
                     self.report.attempt("draw curves.png", pictures.curves, self.workdir, headline)
                 self.drawn = time.monotonic()
+            self._push()
             self.watchdog.alive()
         numbers = list(results.values())[-1]
         return numbers, self._rank(numbers)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vit_jax import step
+from vit_jax import bucket, step
 from vit_jax.contracts import Array, Outputs
 from vit_jax.data.text import FILE, Tokenizer, open_tokenizer
 from vit_jax.errors import CheckpointError, ConfigError
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
 KINDS = (
     "hf:OWNER/NAME on the Hugging Face Hub, a folder with config.json and model.safetensors, a "
-    "Google .npz, a .safetensors or .pth of timm or the authors, or a run folder"
+    "Google .npz, a .safetensors or .pth of timm or the authors, or a run folder, also gs://BUCKET/RUN"
 )
 
 
@@ -153,7 +153,8 @@ def open_checkpoint(ref: str | Path) -> Opened:
 
     Args:
       ref: `hf:OWNER/NAME[@REVISION]`; a folder in Hugging Face's form; a `.npz`, `.safetensors`,
-        `.safetensors.index.json`, `.pth`, `.pt` or `.bin` file; a run folder of ours.
+        `.safetensors.index.json`, `.pth`, `.pt` or `.bin` file; a run folder of ours, which may lie
+        in a bucket (`gs://BUCKET/RUN`).
 
     Raises:
       CheckpointError: if there is no such thing, or it cannot be read, in one sentence.
@@ -161,12 +162,14 @@ def open_checkpoint(ref: str | Path) -> Opened:
     ref = str(ref)
     if ref.startswith("hf:"):
         return hf.open_folder(hf.download(ref.removeprefix("hf:")), ref)
+    if bucket.is_address(ref):
+        return own.open_folder(_in_bucket(ref), ref)
     path = Path(ref).expanduser()
     if not path.exists():
         raise refuse(ref, f"there is no such file or folder.{_similar(path)} Wanted: {KINDS}")
     if path.is_dir():
         if own.is_run(path):
-            return own.open_folder(path, ref)
+            return own.open_folder(bucket.Folder(path, path), ref)
         if (path / "config.json").is_file():
             return hf.open_folder(path, ref)
         raise refuse(ref, f"the folder holds no config.json. Wanted: {KINDS}")
@@ -175,6 +178,16 @@ def open_checkpoint(ref: str | Path) -> Opened:
     if path.suffix in (".safetensors", ".pth", ".pt", ".bin") or path.name.endswith(".index.json"):
         return state.open_file(path, ref)
     raise refuse(ref, f"files of the kind {path.suffix!r} are not known here. Wanted: {KINDS}")
+
+
+def _in_bucket(ref: str) -> bucket.Folder:
+    try:
+        folder = bucket.fetched(ref)
+    except ConfigError as error:
+        raise refuse(ref, str(error)) from error
+    if not own.is_run(folder.files):
+        raise refuse(ref, "that is no run folder with a checkpoint, all that is read of a bucket")
+    return folder
 
 
 def _similar(path: Path) -> str:

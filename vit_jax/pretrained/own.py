@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax import checkpoint
+from vit_jax.bucket import Folder
 from vit_jax.build import build
 from vit_jax.data.text import FILE
 from vit_jax.errors import ConfigError
@@ -26,18 +27,19 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
 
 
-def open_folder(folder: Path, ref: str) -> Opened:
+def open_folder(run: Folder, ref: str) -> Opened:
     """A run's best checkpoint; the running mean of its parameters where it kept one.
 
     Raises:
       CheckpointError: if the folder holds no checkpoint that can be read.
     """
+    folder = run.files
     try:
         config = json.loads((folder / "config.json").read_text())
         model = dict(config["model"])
     except (OSError, ValueError, KeyError) as error:
         raise refuse(ref, f"config.json is not that of a run: {error}") from error
-    saved = checkpoint.read(folder)
+    saved = checkpoint.read(run.root)
     variables = saved.ema or {"params": saved.params, **saved.model_state}
     flat = {path: np.asarray(array) for path, array in names.flat(variables).items()}
     steps, labels = config["eval"]["transforms"], ()
