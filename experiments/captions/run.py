@@ -4,8 +4,8 @@ python experiments/captions/run.py [--only=lstm,attention] [--out=runs/captions]
 
 Trains `configs/captioner.py` with each of the three decoders, as a process of its own, asks each
 for sentences with a beam of 5 too, and draws what the words of the first pictures looked at.
-Interrupted, the same command goes on: what is in result.json is not trained again, and a run that
-was cut goes on in its folder; its time is then that of the last part only.
+Interrupted, the same command goes on: what is in result.json and whole in its folder is not trained
+again, and a run that was cut goes on there; its time is then that of the last part only.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from vit_jax.data import scenes
@@ -101,12 +102,14 @@ def plot(results: dict[str, dict]) -> None:
     for axes, (key, label) in panels:
         for decoder in [d for d in DECODERS if d in results]:
             rows = results[decoder]["curve"]
-            name = f"{decoder}: {rows[-1][key]:.3f} in {results[decoder]['seconds'] / 60:.0f} min"
+            minutes = results[decoder]["processor_seconds"] / 60
+            name = f"{decoder}, {minutes:.0f} min of a core"
             x, y = [r["step"] for r in rows], [r[key] for r in rows]
             axes.plot(x, y, marker="o", color=COLORS[decoder], label=name)
         axes.set(xlabel="step", ylabel=f"{label}, 500 held-out scenes", ylim=(0, 1))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper left")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(HERE / "curves.png", dpi=120)
 
 
@@ -117,7 +120,7 @@ def table(results: dict[str, dict]) -> str:
         result = results[decoder]
         row = result["curve"][-1]
         cells = [f"`{decoder}`", f"{result['parameters']:,}", f"{row['step']:,}"]
-        cells += [f"{result['seconds'] / 60:.1f}", f"{row['exact_match']:.3f}"]
+        cells += [f"{result['processor_seconds'] / 60:.0f}", f"{row['exact_match']:.3f}"]
         cells += [f"{result['beam']['exact_match']:.3f}"]
         cells += [f"{row[key]:.3f}" for key in ("bleu4", "chrf", "perplexity")]
         lines.append("| " + " | ".join(cells) + " |")
@@ -135,7 +138,7 @@ def main() -> None:
     overrides = [f"--{override}" for override in arguments.override]
     for decoder in arguments.only.split(",") if arguments.only else DECODERS:
         workdir = arguments.out / decoder
-        if decoder not in results:
+        if decoder not in results or not (workdir / "predictions.png").exists():
             results[decoder] = train(decoder, workdir, overrides)
             kept.write_text(json.dumps(results, indent=1) + "\n")
         draw(decoder, workdir)
