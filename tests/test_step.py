@@ -60,6 +60,7 @@ class FirstPicture(nn.Module):
     @nn.compact
     def __call__(self, image, *, train):
         mean = self.param("mean", lambda _: image.mean() + 3.0)
+        mean *= self.param("scale", lambda _: jnp.float32(2.5))  # CLIP's temperature is such a one
         return nn.Dense(3)(image.reshape(image.shape[0], -1) - mean)
 
 

@@ -82,7 +82,8 @@ def traced(function: Callable, key: jax.Array, batch: Tree) -> tuple[Tree, Calla
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(key, batch)
     jaxpr, structure = closed.jaxpr, jax.tree.structure(shapes)
-    needed, equations = set(jaxpr.outvars), []
+    needed = {v for v in jaxpr.outvars if isinstance(v, core.Var)}  # others are constants
+    equations = []
     for equation in reversed(jaxpr.eqns):
         if not needed.isdisjoint(equation.outvars):
             needed |= {v for v in equation.invars if isinstance(v, core.Var)}
