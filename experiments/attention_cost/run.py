@@ -62,6 +62,13 @@ def measure(model: str, size: int, options: argparse.Namespace) -> dict:
     }
 
 
+def by_formula(own: list[dict], size: int) -> float:
+    """Milliseconds on the formula's line through the smallest of a model's measured sizes."""
+    first = min(own, key=lambda r: r["size"])
+    model = first["model"]
+    return 1000 * first["median"] * multiply_adds(model, size) / multiply_adds(model, first["size"])
+
+
 def draw(rows: list[dict], file: Path) -> None:
     """Time over pixels beside the formula's line through the first point; memory."""
     figure = Figure(figsize=(9.5, 4), layout="constrained")
@@ -72,8 +79,7 @@ def draw(rows: list[dict], file: Path) -> None:
         if not own:
             continue
         sizes = [r["size"] for r in own]
-        first = 1000 * own[0]["median"] / multiply_adds(model, sizes[0])
-        line = [first * multiply_adds(model, s) for s in sizes]
+        line = [by_formula(own, size) for size in sizes]
         left.plot(sizes, line, "-", color=color, label=f"{NAMES[model]}, by the formula")
         times = [1000 * r["median"] for r in own]
         left.plot(sizes, times, "o", color=color, label=f"{NAMES[model]}, measured")
@@ -94,10 +100,7 @@ def table(rows: list[dict]) -> str:
     """A line of Markdown for each row."""
     lines = ["| model | side | GFLOPs | ms | times the formula's line | MB |", "|---" * 6 + "|"]
     for row in rows:
-        same = [r for r in rows if r["model"] == row["model"]]
-        first = min(same, key=lambda r: r["size"])
-        line = 1000 * first["median"] * multiply_adds(row["model"], row["size"])
-        line /= multiply_adds(row["model"], first["size"])
+        line = by_formula([r for r in rows if r["model"] == row["model"]], row["size"])
         cells = [NAMES[row["model"]], row["size"], f"{row['flops'] / 1e9:.1f}"]
         cells += [f"{1000 * row['median']:.0f}", f"{1000 * row['median'] / line:.2f}"]
         lines.append("| " + " | ".join(map(str, [*cells, f"{row['memory'] / 1e6:.0f}"])) + " |")
