@@ -103,8 +103,11 @@ def base() -> ConfigDict:
     return config.lock()
 
 
-def backbone(config: ConfigDict, size: str, **fields: Any) -> dict[str, Any]:
-    """A backbone, by a named size or a class with its fields, with what every one of them has."""
+def backbone(config: ConfigDict, size: str = "", **fields: Any) -> dict[str, Any]:
+    """A backbone, by a named size or a class with its fields, with what every one of them has.
+
+    A field `target` stands for the size where no model is named, but what is opened.
+    """
     return {
         "target": f"models.{size}",
         "drop_path": 0.0,
@@ -117,8 +120,8 @@ def backbone(config: ConfigDict, size: str, **fields: Any) -> dict[str, Any]:
     }
 
 
-def classifier(config: ConfigDict, size: str, **fields: Any) -> None:
-    """Sets the model: a linear head on a named size, or on a class with its arguments."""
+def classifier(config: ConfigDict, size: str = "", **fields: Any) -> None:
+    """Sets the model: a linear head on a `backbone`."""
     with config.unlocked():
         config.model = ConfigDict(
             {
@@ -197,24 +200,7 @@ def finetune(config: ConfigDict) -> None:
         ConfigDict({"target": "init.standardize"}),
     )
     config.eval.transforms = (ConfigDict({"target": "init.preprocessing"}),)
-    with config.unlocked():
-        config.model = ConfigDict(
-            {
-                "target": "models.classifier.Classifier",
-                "num_classes": 0,
-                "dtype": config.get_ref("dtype"),
-                "backbone": {
-                    "target": "init.backbone",
-                    "image_size": size,
-                    "drop_path": 0.0,
-                    "dropout": 0.0,
-                    "attention_dropout": 0.0,
-                    "dtype": config.get_ref("dtype"),
-                    "scan": False,
-                    "remat": False,
-                },
-            }
-        )
+    classifier(config, target="init.backbone", image_size=size)
 
 
 def cifar10(config: ConfigDict) -> None:
