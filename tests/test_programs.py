@@ -99,3 +99,23 @@ def test_a_program_that_a_killed_process_left_unfinished_is_compiled_anew_and_ke
     kept = file.stat().st_mtime_ns
     assert run().stderr == ""
     assert file.stat().st_mtime_ns == kept
+
+
+@pytest.fixture
+def asked():
+    """`programs.options` as if nobody had called it, before and after."""
+    programs.options.cache_clear()
+    yield
+    programs.options.cache_clear()
+
+
+def test_this_compiler_knows_every_option_for_a_cpu_and_other_devices_have_none(asked):
+    assert programs.options("cpu") == programs.CPU
+    assert programs.options("gpu") == programs.options("tpu") == {}
+
+
+def test_an_option_of_another_version_is_left_out(asked, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(programs.CPU, "xla_cpu_of_another_version", True)
+        assert "xla_cpu_of_another_version" not in programs.options("cpu")
+    assert programs.options("cpu") == programs.CPU

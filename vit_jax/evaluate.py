@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax import bucket, checkpoint, mesh, processes, step
+from vit_jax import bucket, checkpoint, mesh, processes, programs, step
 from vit_jax.build import build
 from vit_jax.contracts import Batch, Dataset, Example, Predictions, Sums
 from vit_jax.data import pipeline
@@ -95,7 +95,11 @@ class EvalStep:
         if spec:
             model = build(spec, model=model)
         function = partial(step.eval_step, model=model, task=run.task)
-        self._jitted = jax.jit(function, out_shardings=mesh.replicated(run.mesh))
+        self._jitted = jax.jit(
+            function,
+            out_shardings=mesh.replicated(run.mesh),
+            compiler_options=programs.options(mesh.platform(run.mesh)),
+        )
         self._mesh = run.mesh
 
     def __call__(self, variables: Any, batch: Batch) -> tuple[Sums, Predictions]:

@@ -253,6 +253,11 @@ def _copy_to_all(mesh: Mesh) -> Callable:
     return jax.jit(lambda x: x, out_shardings=replicated(mesh))
 
 
+def platform(mesh: Mesh) -> str:
+    """Of the devices, as JAX names it: "cpu", "gpu" or "tpu"."""
+    return mesh.devices.flat[0].platform
+
+
 def describe(mesh: Mesh) -> str:
     """One line such as `8 x cpu (data=4, fsdp=2), 1 process`."""
     sizes = {name: size for name, size in mesh.shape.items() if size > 1 or name == "data"}

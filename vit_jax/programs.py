@@ -1,5 +1,6 @@
-"""Compiled programs, kept from one command to the next in a folder of the user's."""
+"""How programs are compiled, and kept from one command to the next in a folder of the user's."""
 
+import functools
 import hashlib
 import os
 import platform
@@ -14,6 +15,13 @@ FOLDER = "JAX_COMPILATION_CACHE_DIR"  # JAX's own variable: another folder
 SWITCH = "JAX_ENABLE_COMPILATION_CACHE"  # false switches it off
 LEAST = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 SECONDS = 0.3  # what compiles faster is not worth a file
+# Of XLA, for what runs many times on a CPU: matrix products and convolutions by Eigen, which is
+# faster on the shapes here than YNNPACK, but sums by that; and no copy of what is updated in place.
+# How much each is worth: experiments/benchmarks.
+CPU = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+    "xla_cpu_copy_insertion_use_region_analysis": True,
+}
 DAYS = 30  # after which a program that was compiled is compiled anew
 DAMAGED = r"Error reading persistent compilation cache entry for '(?P<module>[^']*)'"
 
@@ -52,6 +60,35 @@ def keep() -> Path | None:
     if folder is not None:
         _mend(folder)
     return folder
+
+
+@functools.cache
+def options(platform: str) -> dict[str, Any]:
+    """The compiler's options for a program that runs many times.
+
+    They change the order of sums, so a number may differ in its last digits from that of a program
+    compiled without them.
+
+    Args:
+      platform: of the devices that it is for, as JAX names it: "cpu", "gpu" or "tpu".
+
+    Returns:
+      {name: value} for `compiler_options`; without what this version's compiler does not know.
+    """
+    if platform != "cpu":
+        return {}
+    import jax
+
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        lowered = jax.jit(lambda: 0).lower()
+    known = {}
+    for name, value in CPU.items():
+        try:
+            lowered.compile({name: value})
+        except jax.errors.JaxRuntimeError:  # each version has its own
+            continue
+        known[name] = value
+    return known
 
 
 def _processor() -> str:

@@ -14,7 +14,7 @@ import jax
 import optax
 from flax import linen as nn
 
-from vit_jax import mesh, optim, processes, step, vocabulary
+from vit_jax import mesh, optim, processes, programs, step, vocabulary
 from vit_jax.build import build, flatten
 from vit_jax.contracts import Batch, Dataset, Sums, Task, Transform
 from vit_jax.data import pipeline
@@ -123,8 +123,7 @@ class Run:
     def _once(self, function: Callable, argument: Any, shardings: Any) -> Any:
         """One call, compiled in little time."""
         lowered = jax.jit(function, out_shardings=shardings).lower(argument)
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        return lowered.compile(RUNS_ONCE if on_cpu else None)(argument)
+        return lowered.compile(RUNS_ONCE if mesh.platform(self.mesh) == "cpu" else None)(argument)
 
     def compile_train_step(
         self, batch: Mapping[str, Any] | None = None
@@ -149,7 +148,8 @@ class Run:
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
         with jax.set_mesh(self.mesh):  # for `layers.rows`
-            return jitted.lower(self.abstract_state, batch, key=key).compile()
+            lowered = jitted.lower(self.abstract_state, batch, key=key)
+        return lowered.compile(programs.options(mesh.platform(self.mesh)))
 
 
 def _shardings(tree: Any) -> Any:

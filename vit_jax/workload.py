@@ -17,7 +17,7 @@ import optax
 from flax import linen as nn
 
 import vit_jax
-from vit_jax import cost, step
+from vit_jax import cost, programs, step
 from vit_jax.build import build, named_sizes
 from vit_jax.errors import ConfigError, DataError
 from vit_jax.pretrained import hf
@@ -257,7 +257,7 @@ class _Training:
 
 def _compiled(lowered: Any) -> tuple[Callable, dict[str, Any]]:
     began = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = lowered.compile(programs.options(jax.default_backend()))
     return compiled, _told(compiled, time.perf_counter() - began)
 
 

@@ -6,6 +6,7 @@ from flax import linen as nn
 
 from vit_jax.contracts import Array
 from vit_jax.layers.attention import Attention
+from vit_jax.layers.norm import LayerNorm
 from vit_jax.layers.transformer import Mlp
 
 
@@ -19,7 +20,7 @@ class AttentionPool(nn.Module):
     Attributes:
       heads: A.
       mlp_ratio: hidden width of the MLP over D.
-      activation: of the MLP, a name of `layers.transformer.ACTIVATIONS`.
+      activation: of the MLP, a name of `layers.activation.ACTIVATIONS`.
       epsilon: of the layer norm.
       dtype: of the computation; parameters stay float32.
     """
@@ -39,5 +40,5 @@ class AttentionPool(nn.Module):
         y = Attention(self.heads, dtype=self.dtype, name="attention")(query, x, train=train)
         hidden = int(width * self.mlp_ratio)
         mlp = Mlp(hidden, self.activation, dtype=self.dtype, name="mlp")
-        normed = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(y)
+        normed = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(y)
         return (y + mlp(normed, train=train))[:, 0]

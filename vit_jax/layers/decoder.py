@@ -11,6 +11,7 @@ from flax import linen as nn
 from vit_jax.contracts import Array
 from vit_jax.layers.attention import Attention, Cache
 from vit_jax.layers.dense import Dense
+from vit_jax.layers.norm import LayerNorm
 from vit_jax.layers.rows import keep_rows
 from vit_jax.layers.transformer import Mlp
 
@@ -54,7 +55,7 @@ class DecoderBlock(nn.Module):
         R is a multiple of B: the rows of one picture follow each other and share its memory.
         Without a memory its cache is complete.
         """
-        norm = partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
+        norm = partial(LayerNorm, epsilon=1e-6, dtype=self.dtype)
         drop = nn.Dropout(self.dropout, deterministic=not train)
         attention = partial(Attention, self.heads, dtype=self.dtype)
         own, seen = (None, None) if caches is None else caches
@@ -156,7 +157,7 @@ class TransformerDecoder(nn.Module):
                 self.heads, self.mlp_ratio, self.dropout, self.dtype, name=f"block_{i}"
             )
             x, caches[i] = block(keep_rows(x), memory, mask, caches[i], place, train=train)
-        x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
+        x = LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
         head = Dense(self.vocabulary, dtype=self.dtype, kernel_init=SMALL, name="head")
         kept = None if caches[0] is None else tuple(zip(*caches, strict=True))
         return head(x).astype(jnp.float32), kept

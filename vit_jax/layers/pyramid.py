@@ -8,7 +8,9 @@ import numpy as np
 from flax import linen as nn
 
 from vit_jax.contracts import Array
+from vit_jax.layers.activation import gelu
 from vit_jax.layers.dense import Dense
+from vit_jax.layers.norm import LayerNorm
 from vit_jax.layers.position import resize_matrix
 
 SCALES = (4, 2, 1, 0.5)
@@ -163,7 +165,7 @@ class PyramidLevel(nn.Module):
     def __call__(self, x: Array) -> jax.Array:
         """[B, h, w, C] -> [B, scale * h, scale * w, D]."""
         channels = x.shape[-1]
-        norm = partial(nn.LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
+        norm = partial(LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
 
         def double(features: int, name: str) -> nn.Module:
             side = (2, 2)
@@ -175,7 +177,7 @@ class PyramidLevel(nn.Module):
         if self.scale >= 2:
             x = double(channels // 2, "up1")(x)
         if self.scale == 4:
-            x = nn.gelu(norm(name="up1_norm")(x), approximate=False)
+            x = gelu(norm(name="up1_norm")(x))
             x = double(channels // 4, "up2")(x)
         x = Dense(self.features, use_bias=False, dtype=self.dtype, name="conv1")(x)
         x = norm(name="norm1")(x)

@@ -10,24 +10,11 @@ from flax import linen as nn
 
 from vit_jax.contracts import Array
 from vit_jax.errors import nearest
+from vit_jax.layers.activation import activation
 from vit_jax.layers.attention import Attention
 from vit_jax.layers.dense import Dense
+from vit_jax.layers.norm import LayerNorm
 from vit_jax.layers.rows import keep_rows
-
-# GELU's flavours differ by up to 2e-2: a checkpoint agrees only with the one it was trained on.
-ACTIVATIONS = {
-    "gelu": partial(nn.gelu, approximate=False),
-    "gelu_tanh": partial(nn.gelu, approximate=True),
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-    "relu": nn.relu,
-}
-
-
-def activation(name: str) -> Callable[[Array], jax.Array]:
-    """The activation of that name; ValueError names the nearest."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation={name!r} does not exist.{nearest(name, ACTIVATIONS)}")
-    return ACTIVATIONS[name]
 
 
 class Mlp(nn.Module):
@@ -35,7 +22,7 @@ class Mlp(nn.Module):
 
     Attributes:
       hidden: width between the two.
-      activation: a name of `ACTIVATIONS`.
+      activation: a name of `layers.activation.ACTIVATIONS`.
       dropout: rate after each layer.
     """
 
@@ -168,7 +155,7 @@ class EncoderBlock(nn.Module):
         if self.feed_forward not in FEED_FORWARDS:
             name = self.feed_forward
             raise ValueError(f"feed_forward={name!r} does not exist.{nearest(name, FEED_FORWARDS)}")
-        norm = partial(nn.LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
+        norm = partial(LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
         mask = np.tri(x.shape[-2], dtype=bool) if self.causal else None  # [N, N]
         y = Attention(
             self.heads,

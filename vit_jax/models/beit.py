@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from vit_jax.contracts import Array, Features
 from vit_jax.errors import nearest
+from vit_jax.layers.norm import LayerNorm
 from vit_jax.layers.patches import PatchEmbed, grid_size
 from vit_jax.layers.position import resize_grid
 from vit_jax.layers.transformer import EncoderBlock, apply_blocks, drop_path_rates
@@ -136,7 +137,7 @@ class Beit(nn.Module):
       shared_positions: whether all blocks have the same table.
       pooling: "mean_norm", the mean of the patches, then normalised; or "mean", that of the
         normalised patches.
-      activation: of the MLPs, a name of `layers.transformer.ACTIVATIONS`.
+      activation: of the MLPs, a name of `layers.activation.ACTIVATIONS`.
       epsilon: of the layer norms.
       layer_scale: None, or what the gains start at: 0.1 in the base, 1e-5 in the large model.
       drop_path: rate of the last block; the first has 0, on a line between.
@@ -224,7 +225,7 @@ class Beit(nn.Module):
         rates = drop_path_rates(self.drop_path, self.depth)
         x = apply_blocks(block, x, rates, scan=self.scan, remat=self.remat, train=train, **shared)
         patches = x[:, 1:]
-        norm = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")
+        norm = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")
         if self.pooling == "mean":
             patches = norm(patches)
             pooled = patches.mean(1)

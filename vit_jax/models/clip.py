@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from vit_jax.contracts import Array
 from vit_jax.errors import nearest
+from vit_jax.layers.norm import LayerNorm
 from vit_jax.layers.transformer import EncoderBlock, apply_blocks
 from vit_jax.models.vit import ViT
 
@@ -34,7 +35,7 @@ class TextTransformer(nn.Module):
         stands there, as in SigLIP, whose texts are padded to one length.
       end: number of the token that ends a text; None is the greatest number of a row, as in the
         authors' code, where the end has the last number of all.
-      activation: of the MLPs, a name of `layers.transformer.ACTIVATIONS`.
+      activation: of the MLPs, a name of `layers.activation.ACTIVATIONS`.
       epsilon: of the layer norms.
       dropout: rate after the positions, the attentions and the MLPs' layers.
       attention_dropout: rate on the attention weights.
@@ -106,7 +107,7 @@ class TextTransformer(nn.Module):
             # The first of equal ones: a vocabulary may pad with its end.
             at = tokens.argmax(-1) if self.end is None else (tokens == self.end).argmax(-1)
             x = jnp.take_along_axis(x, at[:, None, None], 1)[:, 0]  # [B, D]
-        return nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(x)
+        return LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(x)
 
 
 class CLIP(nn.Module):

@@ -10,6 +10,7 @@ from flax import linen as nn
 from vit_jax.contracts import Array, Features
 from vit_jax.layers.attention import Attention
 from vit_jax.layers.convolution import DepthwiseConv
+from vit_jax.layers.norm import LayerNorm
 from vit_jax.layers.transformer import DropPath, Mlp, apply_blocks, drop_path_rates
 
 
@@ -65,7 +66,7 @@ class CvTBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, drop_path: float | Array = 0.0, *, train: bool) -> jax.Array:
         """[B, N, C] -> [B, N, C], N = h * w or 1 + h * w; `drop_path` is this block's rate."""
-        norm = partial(nn.LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
+        norm = partial(LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
         y = norm(name="norm1")(x)
         extra = y.shape[1] - self.size[0] * self.size[1]  # class tokens
         first, image = y[:, :extra], y[:, extra:]
@@ -147,7 +148,7 @@ class CvTStage(nn.Module):
             dtype=self.dtype,
             name="embed",
         )(x)
-        x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="embed_norm")(x)
+        x = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="embed_norm")(x)
         size = x.shape[1:3]
         x = rearrange(x, "b h w c -> b (h w) c")
         if self.class_token:
@@ -197,7 +198,7 @@ class CvT(nn.Module):
       paddings: zeros around each token embedding's input, in pixels.
       key_stride: of the convolutions for keys and values.
       mlp_ratio: hidden width of the MLPs over their input's.
-      activation: of the MLPs, a name of `layers.transformer.ACTIVATIONS`.
+      activation: of the MLPs, a name of `layers.activation.ACTIVATIONS`.
       epsilon: of the layer normalisations.
       drop_path: rate of the last block; the last stage's first has 0, on a line between, and
         earlier stages have 0, as published.
@@ -273,7 +274,7 @@ class CvT(nn.Module):
                 name=f"stage_{i + 1}",
             )(x, train=train)
             maps.append(x)
-        pooled = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(token)
+        pooled = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(token)
         return Features(maps=tuple(maps), pooled=pooled)
 
 

@@ -12,6 +12,7 @@ from flax import linen as nn
 from vit_jax.contracts import Array
 from vit_jax.layers.attention import Attention
 from vit_jax.layers.dense import Dense
+from vit_jax.layers.norm import LayerNorm
 from vit_jax.layers.pyramid import nearest
 from vit_jax.layers.sine import sine_positions
 from vit_jax.layers.transformer import Mlp
@@ -47,7 +48,7 @@ class EncoderLayer(nn.Module):
     Attributes:
       heads: A.
       hidden: width of the MLP between its layers.
-      activation: of the MLP, a name of `layers.transformer.ACTIVATIONS`.
+      activation: of the MLP, a name of `layers.activation.ACTIVATIONS`.
       epsilon: of the layer norms.
       dropout: rate after the attention and the MLP's layers.
       attention_dropout: rate on the attention weights.
@@ -65,7 +66,7 @@ class EncoderLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, position: Array, mask: Array | None, *, train: bool) -> jax.Array:
         """[B, N, D], [B, N, D], bool [B, 1, 1, N], True on real pixels, -> [B, N, D]."""
-        norm = partial(nn.LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
+        norm = partial(LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
         drop = nn.Dropout(self.dropout, deterministic=not train)
         placed = x + position
         y = Attention(
@@ -107,7 +108,7 @@ class DecoderLayer(nn.Module):
         train: bool,
     ) -> jax.Array:
         """[B, Q, D], embeddings [B, Q, D], the image and its positions [B, N, D] -> [B, Q, D]."""
-        norm = partial(nn.LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
+        norm = partial(LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
         drop = nn.Dropout(self.dropout, deterministic=not train)
         attention = partial(Attention, self.heads, dropout=self.attention_dropout, dtype=self.dtype)
         y = attention(name="self_attention")(x + query, x + query, x, train=train)
@@ -160,7 +161,7 @@ class DETR(nn.Module):
       hidden: width of the MLPs between their layers.
       encoder_depth: layers of the encoder.
       decoder_depth: layers of the decoder.
-      activation: of the MLPs, a name of `layers.transformer.ACTIVATIONS`.
+      activation: of the MLPs, a name of `layers.activation.ACTIVATIONS`.
       epsilon: of the layer norms.
       dropout: rate after the attentions and the MLPs' layers.
       attention_dropout: rate on the attention weights.
@@ -247,7 +248,7 @@ class DETR(nn.Module):
             states.append(x)
         # One norm for all layers; only the last layer's queries are read outside training.
         states = jnp.stack(states if train else states[-1:])  # [L, B, Q, D]
-        decoded = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="decoder_norm")(states)
+        decoded = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="decoder_norm")(states)
         memory = rearrange(memory, "b (h w) d -> b h w d", h=size[0])
         return Detected(maps, seen, projected, memory, decoded)
 

@@ -12,6 +12,7 @@ from flax import linen as nn
 from vit_jax.contracts import Array
 from vit_jax.errors import nearest
 from vit_jax.layers.dense import Dense
+from vit_jax.layers.norm import LayerNorm
 from vit_jax.layers.position import LearnedPositions, sincos_positions
 from vit_jax.layers.transformer import EncoderBlock, apply_blocks, drop_path_rates
 from vit_jax.models.swin import swin_b
@@ -198,7 +199,7 @@ class Decoder(nn.Module):
             dtype=self.dtype,
         )
         x = apply_blocks(block, x, drop_path_rates(0.0, self.depth), remat=self.remat, train=train)
-        x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(x)
+        x = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(x)
         return dense(self.pixels, name="predict")(x[:, tokens:])
 
     def _positions(self, size: tuple[int, int], tokens: int) -> jax.Array:

@@ -10,6 +10,7 @@ from flax import linen as nn
 from vit_jax.contracts import Array
 from vit_jax.errors import nearest
 from vit_jax.layers.dense import Dense
+from vit_jax.layers.norm import LayerNorm
 from vit_jax.layers.pyramid import ConvNorm, bilinear
 from vit_jax.models.vit import vit_l16
 
@@ -48,7 +49,7 @@ class UpHead(nn.Module):
         """[B, h, w, D] -> logits [B, h * scale**convs, w * scale**convs, K], but none larger than
         the image, whose (H, W) is `size`.
         """
-        x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(x)
+        x = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(x)
         for i in range(self.convs):
             conv = ConvNorm(self.features, self.kernel, dtype=self.dtype, name=f"conv_{i}")
             x = conv(x, train=train)
@@ -80,7 +81,7 @@ class MlaNeck(nn.Module):
         """Maps [B, h, w, D], shallow to deep -> as many [B, h, w, C], in that order."""
         found, total = [], 0.0
         for i in reversed(range(len(maps))):
-            x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name=f"norm_{i}")(maps[i])
+            x = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name=f"norm_{i}")(maps[i])
             total = total + ConvNorm(self.features, dtype=self.dtype, name=f"mix_{i}")(
                 x, train=train
             )

@@ -11,6 +11,7 @@ from vit_jax.contracts import Array, Features
 from vit_jax.layers import windows
 from vit_jax.layers.attention import Attention
 from vit_jax.layers.dense import Dense
+from vit_jax.layers.norm import LayerNorm
 from vit_jax.layers.rows import keep_rows
 from vit_jax.layers.transformer import DropPath, Mlp, apply_blocks, drop_path_rates
 
@@ -44,7 +45,7 @@ class SwinBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, drop_path: float | Array = 0.0, *, train: bool) -> jax.Array:
         """[B, H, W, C] -> [B, H, W, C]; `drop_path` is this block's rate."""
-        norm = partial(nn.LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
+        norm = partial(LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
         y = self._attend(norm(name="norm1")(x), train=train)
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
         x = x + DropPath(name="drop_path1")(y, drop_path, train=train)
@@ -112,7 +113,7 @@ class PatchMerging(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> jax.Array:
         """[B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), 2C]."""
-        norm = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")
+        norm = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")
         reduction = Dense(
             2 * x.shape[-1],
             use_bias=False,
@@ -188,7 +189,7 @@ class Swin(nn.Module):
         classification takes a smaller window and does not shift it.
       patch: side of a patch, in pixels of the image.
       mlp_ratio: hidden width of the MLPs over their input's.
-      activation: of the MLPs, a name of `layers.transformer.ACTIVATIONS`.
+      activation: of the MLPs, a name of `layers.activation.ACTIVATIONS`.
       epsilon: of the layer normalisations.
       drop_path: rate of the last block; the first has 0, on a line between, through all stages.
       dropout: rate after the embedding, the attentions and the MLPs' layers.
@@ -292,7 +293,7 @@ def pyramid(
             f"heads={tuple(model.heads)} must name one number for each stage of "
             f"depths={tuple(model.depths)}"
         )
-    norm = partial(nn.LayerNorm, epsilon=model.epsilon, dtype=model.dtype)
+    norm = partial(LayerNorm, epsilon=model.epsilon, dtype=model.dtype)
     x = nn.Conv(
         model.width,
         (model.patch, model.patch),

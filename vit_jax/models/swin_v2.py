@@ -11,6 +11,7 @@ from vit_jax.contracts import Array, Features
 from vit_jax.layers import windows
 from vit_jax.layers.attention import Attention
 from vit_jax.layers.dense import Dense
+from vit_jax.layers.norm import LayerNorm
 from vit_jax.layers.transformer import DropPath, Mlp
 from vit_jax.models.swin import PatchMerging, pyramid
 
@@ -71,7 +72,7 @@ class SwinV2Block(nn.Module):
     def __call__(self, x: Array, drop_path: float | Array = 0.0, *, train: bool) -> jax.Array:
         """[B, H, W, C] -> [B, H, W, C]; `drop_path` is this block's rate."""
         norm = partial(
-            nn.LayerNorm,
+            LayerNorm,
             epsilon=self.epsilon,
             scale_init=nn.initializers.zeros,
             dtype=self.dtype,
@@ -124,7 +125,7 @@ class SwinV2(nn.Module):
       image_size: side or (H, W), in pixels, that the windows are made for.
       patch: side of a patch, in pixels of the image.
       mlp_ratio: hidden width of the MLPs over their input's.
-      activation: of the MLPs, a name of `layers.transformer.ACTIVATIONS`.
+      activation: of the MLPs, a name of `layers.activation.ACTIVATIONS`.
       epsilon: of the layer normalisations.
       drop_path: rate of the last block; the first has 0, on a line between, through all stages.
       dropout: rate after the embedding, the attentions and the MLPs' layers.

@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from vit_jax.contracts import Array
 from vit_jax.layers.dense import Dense
+from vit_jax.layers.norm import LayerNorm
 from vit_jax.layers.pyramid import ConvNorm, SimplePyramid, bilinear, pool
 from vit_jax.models.swin import swin_b_384, swin_l_384, swin_s, swin_t
 
@@ -103,7 +104,7 @@ class UPerNet(nn.Module):
         if len(maps) == 1:
             maps = SimplePyramid(dtype=self.dtype, name="pyramid")(maps[0])
         elif self.map_norm:
-            norm = partial(nn.LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
+            norm = partial(LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
             maps = tuple(norm(name=f"norm_{i}")(x) for i, x in enumerate(maps, 1))
 
         def classify(x: jax.Array, name: str) -> jax.Array:

@@ -11,6 +11,7 @@ from flax import linen as nn
 from vit_jax.contracts import Array, Features
 from vit_jax.errors import nearest
 from vit_jax.layers.attention_pool import AttentionPool
+from vit_jax.layers.norm import LayerNorm
 from vit_jax.layers.patches import PatchEmbed, grid_size
 from vit_jax.layers.position import LearnedPositions, sincos_positions
 from vit_jax.layers.residual import HybridStem
@@ -67,7 +68,7 @@ class ViT(nn.Module):
       position_resize: how learned positions are resampled, a name of `layers.position.RESIZERS`;
         the default is that of Google's fine-tuning.
       feed_forward: "mlp", or "swiglu", `layers.transformer.SwiGlu`: DINOv2's giant.
-      activation: of the MLPs, a name of `layers.transformer.ACTIVATIONS`. Google's weights are
+      activation: of the MLPs, a name of `layers.activation.ACTIVATIONS`. Google's weights are
         trained with `gelu_tanh`; ports of them to PyTorch compute `gelu`.
       epsilon: of the layer norms.
       qkv_bias: whether query, key and value have a bias.
@@ -184,7 +185,7 @@ class ViT(nn.Module):
             x = jnp.concatenate([x[:, : len(tokens)], registers, x[:, len(tokens) :]], 1)
         x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
         if self.pre_norm:
-            x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="pre_norm")(x)
+            x = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="pre_norm")(x)
 
         block = partial(
             EncoderBlock,
@@ -203,7 +204,7 @@ class ViT(nn.Module):
         x, tapped = tapped_blocks(
             block, x, rates, self.taps, scan=self.scan, remat=self.remat, train=train
         )
-        norm = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")
+        norm = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")
         if self.pooling == "mean_norm":
             patches = x[:, leading:]
             pooled = norm(patches.mean(1))

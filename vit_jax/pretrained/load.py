@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vit_jax import bucket, step
+from vit_jax import bucket, programs, step
 from vit_jax.contracts import Array, Outputs
 from vit_jax.data.text import FILE, Tokenizer, open_tokenizer
 from vit_jax.errors import CheckpointError, ConfigError
@@ -145,7 +145,8 @@ class Loaded:
 
     @cached_property
     def _forward(self) -> Callable[..., Outputs]:
-        return jax.jit(partial(step.forward, model=self.module))
+        options = programs.options(jax.default_backend())
+        return jax.jit(partial(step.forward, model=self.module), compiler_options=options)
 
 
 def open_checkpoint(ref: str | Path) -> Opened:

@@ -1,0 +1,64 @@
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from vit_jax.layers import norm
+from vit_jax.layers.norm import LayerNorm, layer_norm
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def value_and_gradients(function, x, scale, bias):
+    """The value, and what x, scale and bias get of a fixed direction."""
+    out, pull = jax.vjp(function, x, scale, bias)
+    return out, pull(normal(9, *out.shape).astype(out.dtype))
+
+
+def flax(x, scale, bias, dtype=jnp.float32):
+    module = nn.LayerNorm(epsilon=1e-5, dtype=dtype)
+    return module.apply({"params": {"scale": scale, "bias": bias}}, x)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 5), (1, 3, 4, 6), (3, 8), (6,)], ids=str)
+def test_equals_flax_in_value_and_all_gradients(shape):
+    x = 3 * normal(0, *shape) + 1.5  # neither mean 0 nor variance 1
+    scale, bias = 1 + 0.3 * normal(1, shape[-1]), normal(2, shape[-1])
+    ours = partial(layer_norm, epsilon=1e-5)
+    got = value_and_gradients(lambda *a: ours(*a), x, scale, bias)
+    chex.assert_trees_all_close(
+        got, value_and_gradients(flax, x, scale, bias), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_what_other_processors_compute_is_what_a_cpu_does():
+    gradient, x, scale = normal(0, 2, 7, 5), normal(1, 2, 7, 5), normal(2, 5)
+    chex.assert_trees_all_close(
+        norm._stored(gradient, x, scale), norm._fused(gradient, x, scale), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_half_precision_is_computed_in_float32_and_comes_back_as_it_was():
+    x = (3 * normal(0, 4, 9, 16) + 20).astype(jnp.bfloat16)
+    scale, bias = 1 + 0.3 * normal(1, 16), normal(2, 16)
+    module = LayerNorm(epsilon=1e-5, dtype=jnp.bfloat16)
+    params = {"params": {"scale": scale, "bias": bias}}
+    out, pull = jax.vjp(lambda x: module.apply(params, x), x)
+    assert out.dtype == jnp.bfloat16
+    (to_x,) = pull(jnp.ones_like(out))
+    assert to_x.dtype == jnp.bfloat16
+    exact = flax(x.astype(jnp.float32), scale, bias)
+    chex.assert_trees_all_close(out.astype(jnp.float32), exact, rtol=1e-2, atol=1e-2)
+
+
+def test_the_parameters_are_those_of_flax():
+    x = normal(0, 2, 6)
+    ours = LayerNorm().init(jax.random.key(0), x)
+    theirs = nn.LayerNorm().init(jax.random.key(0), x)
+    chex.assert_trees_all_equal(ours, theirs)

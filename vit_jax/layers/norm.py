@@ -1,0 +1,93 @@
+"""Layer normalisation in the form that the backend runs fastest."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vit_jax.contracts import Array
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> jax.Array:
+    """Ba et al. 2016 (arXiv:1607.06450), eq. 4, over the last axis; float32 in any dtype.
+
+    The gradient is written out, because a CPU otherwise stores the scale as often as there are
+    tokens and passes over them three times as often as it needs to. Differentiable in reverse mode.
+
+    Args:
+      x: [..., D].
+      scale: [D].
+      bias: [D].
+      epsilon: added to the variance.
+
+    Returns:
+      [..., D], float32.
+    """
+    return _forward(x, scale, bias, epsilon)[0]
+
+
+def _forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[jax.Array, tuple]:
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(-1, keepdims=True)
+    variance = jnp.maximum((wide * wide).mean(-1, keepdims=True) - mean * mean, 0.0)
+    inverse = jax.lax.rsqrt(variance + epsilon)
+    out = (wide - mean) * (inverse * _lift(scale, x)) + _lift(bias, x)
+    return out, (x, scale, bias, mean, inverse)
+
+
+def _backward(epsilon: float, saved: tuple, gradient: Array) -> tuple:
+    x, scale, bias, mean, inverse = saved
+    normal = (x.astype(jnp.float32) - mean) * inverse
+    product, level, slope = jax.lax.platform_dependent(
+        gradient, normal, scale, cpu=_stored, default=_fused
+    )
+    moved = gradient * _lift(scale, x) - (level + normal * slope) / x.shape[-1]
+    tokens = tuple(range(x.ndim - 1))
+    to_scale, to_bias = product.sum(tokens), gradient.sum(tokens)
+    to_x = (inverse * moved).astype(x.dtype)
+    return to_x, to_scale.astype(scale.dtype), to_bias.astype(bias.dtype)
+
+
+def _stored(gradient: Array, normal: Array, scale: Array) -> tuple[jax.Array, ...]:
+    """Gradient times normalised input, stored, since three sums read it; and two, as products."""
+    product = jax.lax.optimization_barrier(gradient * normal)
+    return product, (gradient @ scale)[..., None], (product @ scale)[..., None]
+
+
+def _fused(gradient: Array, normal: Array, scale: Array) -> tuple[jax.Array, ...]:
+    """The same where a compiler makes one pass of it all."""
+    product = gradient * normal
+    scale = _lift(scale, product)
+    level, slope = ((y * scale).sum(-1, keepdims=True) for y in (gradient, product))
+    return product, level, slope
+
+
+def _lift(x: Array, like: Array) -> jax.Array:
+    """[D] -> [1, ..., D], of as many axes."""
+    return x.reshape((1,) * (like.ndim - 1) + x.shape)
+
+
+layer_norm.defvjp(_forward, _backward)
+
+
+class LayerNorm(nn.Module):
+    """`flax.linen.LayerNorm` with its parameters `scale` and `bias`, by `layer_norm`.
+
+    Attributes:
+      epsilon: added to the variance.
+      dtype: of the result; parameters and the computation stay float32.
+      scale_init: what the scales start at.
+    """
+
+    epsilon: float = 1e-6
+    dtype: jnp.dtype = jnp.float32
+    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
+
+    @nn.compact
+    def __call__(self, x: Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        scale = self.param("scale", self.scale_init, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],))
+        return layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
