@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 
 from vit_jax.layers import norm
-from vit_jax.layers.norm import LayerNorm, layer_norm
+from vit_jax.layers.norm import BatchNorm, LayerNorm, layer_norm
 
 
 def normal(seed, *shape):
@@ -62,3 +62,64 @@ def test_the_parameters_are_those_of_flax():
     ours = LayerNorm().init(jax.random.key(0), x)
     theirs = nn.LayerNorm().init(jax.random.key(0), x)
     chex.assert_trees_all_equal(ours, theirs)
+
+
+def batch_norms(dtype=jnp.float32):
+    """Ours and flax's, in training."""
+    shared = {"use_running_average": False, "momentum": 0.9, "epsilon": 1e-5, "dtype": dtype}
+    return BatchNorm(**shared), nn.BatchNorm(**shared)
+
+
+def trained(module, params, stats, x):
+    """The value, the new statistics, and what parameters and x get of a fixed direction."""
+
+    def apply(params, x):
+        out, kept = module.apply(
+            {"params": params, "batch_stats": stats}, x, mutable=["batch_stats"]
+        )
+        return out, kept["batch_stats"]
+
+    out, pull, kept = jax.vjp(apply, params, x, has_aux=True)
+    return out, kept, pull(normal(9, *out.shape).astype(out.dtype))
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 4, 6), (1, 7, 2, 3), (8, 5)], ids=str)
+@pytest.mark.parametrize("shift", [0.0, 5.0])
+def test_batch_norm_equals_flax_in_value_statistics_and_all_gradients(shape, shift):
+    x = 1.5 * normal(0, *shape) + shift
+    width = shape[-1:]
+    params = {"scale": 1 + 0.3 * normal(1, *width), "bias": normal(2, *width)}
+    stats = {"mean": normal(3, *width), "var": 1 + jnp.abs(normal(4, *width))}
+    ours, theirs = batch_norms()
+    got, wanted = (trained(module, params, stats, x) for module in (ours, theirs))
+    chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=5e-5)
+
+
+def test_batch_norm_in_evaluation_uses_what_it_has_and_leaves_it():
+    x = normal(0, 2, 3, 4)
+    variables = {
+        "params": {"scale": normal(1, 4), "bias": normal(2, 4)},
+        "batch_stats": {"mean": normal(3, 4), "var": 1 + jnp.abs(normal(4, 4))},
+    }
+    ours, kept = BatchNorm(use_running_average=True).apply(variables, x, mutable=["batch_stats"])
+    chex.assert_trees_all_equal(kept["batch_stats"], variables["batch_stats"])
+    theirs = nn.BatchNorm(use_running_average=True).apply(variables, x)
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_batch_norm_starts_as_flaxs_does():
+    x = normal(0, 2, 3, 4) + 2
+    ours, theirs = (module.init(jax.random.key(0), x) for module in batch_norms())
+    chex.assert_trees_all_equal(ours, theirs)
+
+
+def test_batch_norm_of_half_precision_is_computed_in_float32():
+    x = (normal(0, 4, 5, 16) + 3).astype(jnp.bfloat16)
+    params = {"scale": 1 + 0.3 * normal(1, 16), "bias": normal(2, 16)}
+    stats = {"mean": jnp.zeros(16), "var": jnp.ones(16)}
+    out, kept, (_, to_x) = trained(batch_norms(jnp.bfloat16)[0], params, stats, x)
+    assert out.dtype == to_x.dtype == jnp.bfloat16
+    assert kept["mean"].dtype == jnp.float32
+    exact, exactly_kept, _ = trained(batch_norms()[1], params, stats, x.astype(jnp.float32))
+    chex.assert_trees_all_close(kept, exactly_kept, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(out.astype(jnp.float32), exact, rtol=2e-2, atol=2e-2)

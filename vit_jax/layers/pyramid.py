@@ -10,7 +10,7 @@ from flax import linen as nn
 from vit_jax.contracts import Array
 from vit_jax.layers.activation import gelu
 from vit_jax.layers.dense import Dense
-from vit_jax.layers.norm import LayerNorm
+from vit_jax.layers.norm import BatchNorm, LayerNorm
 from vit_jax.layers.position import resize_matrix
 
 SCALES = (4, 2, 1, 0.5)
@@ -99,7 +99,7 @@ class ConvNorm(nn.Module):
         else:
             side = (self.kernel, self.kernel)
             x = nn.Conv(self.features, side, padding=self.kernel // 2, **shared)(x)
-        x = nn.BatchNorm(
+        x = BatchNorm(
             use_running_average=not train,
             momentum=self.momentum,
             epsilon=self.epsilon,

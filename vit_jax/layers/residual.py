@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
 
 from vit_jax.contracts import Array
@@ -28,7 +29,10 @@ def convolve(x: Array, kernel: Array, stride: int = 1, padding: int | str = "SAM
     """
     kernel = kernel.astype(x.dtype)
     if kernel.shape[:2] == (1, 1) and padding in ("SAME", 0):
-        return jnp.einsum("bhwc,cd->bhwd", x[:, ::stride, ::stride], kernel[0, 0])
+        x = x[:, ::stride, ::stride]
+        # One list of pixels, as in `layers.dense`: the gradient of the kernel is a plain product.
+        pixels = rearrange(x, "b h w c -> (b h w) c")
+        return (pixels @ kernel[0, 0]).reshape(*x.shape[:3], kernel.shape[3])
     if not isinstance(padding, str):
         padding = [(padding, padding)] * 2
     return jax.lax.conv_general_dilated(

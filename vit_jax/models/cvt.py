@@ -10,7 +10,7 @@ from flax import linen as nn
 from vit_jax.contracts import Array, Features
 from vit_jax.layers.attention import Attention
 from vit_jax.layers.convolution import DepthwiseConv
-from vit_jax.layers.norm import LayerNorm
+from vit_jax.layers.norm import BatchNorm, LayerNorm
 from vit_jax.layers.transformer import DropPath, Mlp, apply_blocks, drop_path_rates
 
 
@@ -31,7 +31,7 @@ class ConvProjection(nn.Module):
     def __call__(self, x: Array, *, train: bool) -> jax.Array:
         """[B, h, w, C] -> [B, ceil(h / stride) * ceil(w / stride), C]."""
         x = DepthwiseConv(stride=self.stride, dtype=self.dtype, name="conv")(x)
-        x = nn.BatchNorm(
+        x = BatchNorm(
             use_running_average=not train,
             momentum=0.9,
             epsilon=1e-5,

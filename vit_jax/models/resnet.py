@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from vit_jax.contracts import Array, Features
 from vit_jax.errors import nearest
+from vit_jax.layers.norm import BatchNorm
 from vit_jax.layers.pooling import max_pool
 from vit_jax.layers.residual import BasicBlock, Bottleneck, ResidualStage, convolve
 
@@ -144,7 +145,7 @@ class ResNet(nn.Module):
         norm = partial(FrozenBatchNorm, epsilon=self.epsilon, dtype=self.dtype)
         if self.norm == "batch":
             norm = partial(
-                nn.BatchNorm,
+                BatchNorm,
                 use_running_average=not train,
                 momentum=self.momentum,
                 epsilon=self.epsilon,
