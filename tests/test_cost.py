@@ -1,8 +1,11 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
+from vit_jax import main, run, step
 from vit_jax.cost import bytes_of, flops, human, parameters
 from vit_jax.layers.attention import attend
 from vit_jax.layers.convolution import depthwise_conv
@@ -130,3 +133,13 @@ def test_parameters_and_bytes_are_read_off_shapes():
 )
 def test_a_number_for_people_has_four_digits_and_a_prefix(number, text):
     assert human(number) == text
+
+
+@pytest.mark.parametrize("name", ["cvt", "detr", "clip"])
+def test_a_run_counts_one_forward_pass_of_one_picture(name):
+    found = run.set_up(main.parse([f"--config=configs/{name}.py:tiny"])[0])
+    one = {
+        k: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype) for k, v in found.abstract_batch.items()
+    }
+    variables = {"params": found.abstract_state.params, **found.abstract_state.model_state}
+    assert found.flops == flops(partial(step.forward, model=found.model), variables, one) > 0

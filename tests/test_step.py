@@ -64,17 +64,22 @@ class FirstPicture(nn.Module):
         return nn.Dense(3)(image.reshape(image.shape[0], -1) - mean)
 
 
-@pytest.mark.parametrize("model", [Small(), FirstPicture()])
-def test_first_variables_are_computed_without_the_forward_pass_that_found_them(model):
+@pytest.mark.parametrize(
+    ("model", "products"),
+    [(Small(), 18 * 8 + 8 * 3), (FirstPicture(), 18 * 3)],
+    ids=["small", "first"],
+)
+def test_first_variables_are_computed_without_the_forward_pass_that_found_them(model, products):
     batch = {name: np.zeros_like(value) for name, value in batch_of().items()}
     task, key = Classification(), jax.random.key(3)
-    shapes, compute = step.traced(
+    shapes, compute, flops = step.traced(
         partial(step.init_and_score, model=model, task=task), jax.random.key(0), batch
     )
     expected = jax.jit(partial(step.init_variables, model=model))(key, batch)
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes, expected)
     chex.assert_trees_all_close(jax.jit(compute)(key), expected, rtol=1e-6)
     assert "dot_general" not in str(jax.make_jaxpr(compute)(key))
+    assert flops == 2 * len(batch["image"]) * products
 
 
 def test_randomness_is_a_function_of_key_and_step():

@@ -26,10 +26,11 @@ def flops(function: Callable, *abstract_args: Any) -> int:
       function: any function of arrays that JAX can trace.
       *abstract_args: trees of arrays or `jax.ShapeDtypeStruct`.
     """
-    return _count(jax.make_jaxpr(function)(*abstract_args).jaxpr)
+    return count(jax.make_jaxpr(function)(*abstract_args).jaxpr)
 
 
-def _count(jaxpr: core.Jaxpr) -> int:
+def count(jaxpr: core.Jaxpr) -> int:
+    """`flops` of what is traced already."""
     return sum(_count_equation(equation) for equation in jaxpr.eqns)
 
 
@@ -49,7 +50,7 @@ def _count_equation(equation: core.JaxprEqn) -> int:
         taps = math.prod(kernel[axis] for axis in (inputs, *space))  # a group's inputs only
         products = math.prod(equation.outvars[0].aval.shape) * taps
         return 2 * products // math.prod(params["lhs_dilation"])
-    inner = [_count(jaxpr) for jaxpr in _jaxprs(list(params.values()))]
+    inner = [count(jaxpr) for jaxpr in _jaxprs(list(params.values()))]
     if name == "cond":
         return max(inner)
     return sum(inner) * (params["length"] if name == "scan" else 1)

@@ -63,6 +63,7 @@ class Run:
     abstract_state: step.TrainState  # shapes with shardings
     abstract_batch: dict[str, jax.ShapeDtypeStruct]
     fresh: Callable[[jax.Array], Any]  # a key -> the first variables {"params", **model_state}
+    flops: int  # of one forward pass of one picture, by the rule of `vit_jax.cost`
     remarks: tuple[str, ...]  # what the data and the checkpoint had to tell
     warm_start: finetune.WarmStart | None  # what the first state takes from `config.init`
     tokenizer: vocabulary.Tokenizer | None  # of what reads captions
@@ -224,7 +225,7 @@ def set_up(
     abstract_batch = _abstract_batch(config, splits[0], transforms[0], mix, devices)
     try:
         function = partial(step.init_and_score, model=model, task=task)
-        variables, fresh = step.traced(function, jax.random.key(0), abstract_batch)
+        variables, fresh, flops = step.traced(function, jax.random.key(0), abstract_batch)
     except ValueError as error:  # what a module says of a size or a name it cannot work with
         raise ConfigError(str(error)) from error
     warm_start = None
@@ -252,6 +253,7 @@ def set_up(
         abstract_state=mesh.lay_out(state, state.params, devices, config["sharding"]),
         abstract_batch=abstract_batch,
         fresh=fresh,
+        flops=flops // config["batch_size"],
         remarks=tuple(dict.fromkeys(remarks)),
         warm_start=warm_start,
         tokenizer=tokenizer,

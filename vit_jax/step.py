@@ -12,7 +12,7 @@ import optax
 from flax import linen as nn
 from jax.extend import core
 
-from vit_jax import optim
+from vit_jax import cost, optim
 from vit_jax.contracts import Batch, Outputs, Predictions, Sums, Task
 
 Tree = Any
@@ -66,19 +66,21 @@ def init_and_score(
 ) -> Tree:
     """`init_variables`, once the task has scored what the model makes of the batch.
 
-    Traced for shapes alone, it lets a task refuse model and data before anything is written.
+    Traced for shapes alone, it lets a task refuse model and data before anything is written. The
+    scoring leaves no trace: what is counted is the model.
     """
     outputs, variables = model.init_with_output(key, **inputs(model, batch), train=False)
     if task is not None:
-        task.score(outputs, batch)
+        jax.eval_shape(task.score, outputs, batch)
     return {name: tree for name, tree in variables.items() if name != "intermediates"}
 
 
-def traced(function: Callable, key: jax.Array, batch: Tree) -> tuple[Tree, Callable]:
+def traced(function: Callable, key: jax.Array, batch: Tree) -> tuple[Tree, Callable, int]:
     """Shapes of what a function of a key and a batch returns, and how to compute it from a key.
 
     Flax needs a whole forward pass to find a model's parameters, which takes a second to trace. It
-    is traced once, for the shapes and for the values; these need the random numbers alone.
+    is traced once, for the shapes and for the values; these need the random numbers alone. What the
+    whole pass would cost comes third, in FLOPs by `cost.flops`.
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(key, batch)
     jaxpr, structure = closed.jaxpr, jax.tree.structure(shapes)
@@ -97,7 +99,7 @@ def traced(function: Callable, key: jax.Array, batch: Tree) -> tuple[Tree, Calla
         leaves = again(key, *(jnp.zeros(v.shape, v.dtype) for v in rows))
         return jax.tree.unflatten(structure, leaves)
 
-    return shapes, compute
+    return shapes, compute, cost.count(closed.jaxpr)
 
 
 def init_state(

@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -465,7 +464,7 @@ def describe(run: Run, say: Callable[[str], None]) -> None:
     say(f"devices: {mesh.describe(run.mesh)}")
     say(
         f"model: {run.config['model']['target']}, {cost.parameters(params):,} parameters, "
-        f"{cost.human(flops_per_image(run))}FLOPs per image ({cost.RULE})"
+        f"{cost.human(run.flops)}FLOPs per image ({cost.RULE})"
     )
     say(
         f"data: {run.config['data']['name']}, {len(run.train_data):,} pictures to learn from, "
@@ -481,16 +480,6 @@ def describe(run: Run, say: Callable[[str], None]) -> None:
         f"steps: {run.total_steps:,} of {run.config['batch_size']} pictures, "
         f"{run.steps_per_epoch:.1f} an epoch, {run.warmup_steps:,} of them warm-up"
     )
-
-
-def flops_per_image(run: Run) -> int:
-    """FLOPs of one forward pass of one picture, by the rule of `vit_jax.cost`."""
-    state = run.abstract_state
-    one = {
-        k: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype) for k, v in run.abstract_batch.items()
-    }
-    variables = {"params": state.params, **state.model_state}
-    return cost.flops(partial(step.forward, model=run.model), variables, one)
 
 
 @contextmanager

@@ -23,7 +23,6 @@ from vit_jax.errors import ConfigError, DataError
 from vit_jax.pretrained import hf
 from vit_jax.run import RUNS_ONCE, Run, set_up
 from vit_jax.standin import splits_of
-from vit_jax.train import flops_per_image
 from vit_jax.worker import serve
 
 CLASSES, OBJECTS, TEXT = 1000, 20, 16  # of stand-in targets
@@ -174,7 +173,7 @@ def _of_config(order: Mapping[str, Any]) -> tuple[Callable[[int], None], dict[st
     shapes = run.abstract_batch.items()
     batch = {k: jnp.zeros(v.shape, v.dtype, device=v.sharding) for k, v in shapes}
     said = {
-        "flops": flops_per_image(run),
+        "flops": run.flops,
         "parameters": cost.parameters(run.abstract_state.params),
         "published": published(run.model),
     }
