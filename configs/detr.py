@@ -6,7 +6,8 @@
     python -m vit_jax.main --config=configs/detr.py:coco --config.data.data_dir=COCO
 
 `folder` takes pictures of one's own in COCO's or VOC's form; `bccd` is 292 microscope pictures.
-Numbers: experiments/scenes, experiments/bccd. The paper's 42.0 AP on COCO (R50, 500 epochs) was not run here.
+Numbers: experiments/scenes, experiments/bccd. The paper's 42.0 AP on COCO (R50, 500 epochs) was
+not run here.
 """
 
 from ml_collections import ConfigDict

@@ -1,0 +1,151 @@
+"""What is each form of a hot place worth here? Value and gradients, beside the plain form.
+
+    python experiments/benchmarks/forms.py
+
+Each pair takes turns; numbers are medians in milliseconds. The last rows are one program compiled
+twice, without and with `vit_jax.programs.options`.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from vit_jax import programs
+from vit_jax.layers.activation import gelu
+from vit_jax.layers.norm import BatchNorm, LayerNorm
+from vit_jax.layers.residual import convolve
+
+ROUNDS = 15
+VIT, SWIN, RESNET = (8, 197, 384), (8, 56, 56, 96), (8, 56, 56, 64)  # of B 8, 224x224 pixels
+
+
+def normal(*shape: int) -> jax.Array:
+    """Numbers that are the same in each run."""
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+
+
+def value_and_gradients(function: Callable) -> Callable:
+    """Of arrays and a direction -> what a training step needs of the function."""
+
+    def both(direction: jax.Array, *arrays: jax.Array):
+        out, pull = jax.vjp(function, *arrays)
+        return out, pull(direction)
+
+    return both
+
+
+def of_norm(module: nn.Module, variables: dict) -> Callable:
+    """A norm among what stands around it: a branch beside it, as in each block."""
+
+    def run(x: jax.Array, params: dict) -> jax.Array:
+        out, _ = module.apply(variables | {"params": params}, x, mutable=["batch_stats"])
+        return x + out
+
+    return value_and_gradients(run)
+
+
+def norms(kind: str, shape: tuple[int, ...]) -> tuple[Callable, Callable, tuple]:
+    """flax's, ours, and their arguments."""
+    if kind == "layer norm":
+        modules = nn.LayerNorm(epsilon=1e-6), LayerNorm()
+    else:
+        shared = {"use_running_average": False, "momentum": 0.9}
+        modules = nn.BatchNorm(**shared), BatchNorm(**shared)
+    x = normal(*shape)
+    variables = dict(modules[0].init(jax.random.key(0), x))
+    params = variables.pop("params")
+    return *(of_norm(module, variables) for module in modules), (x, x, params)
+
+
+def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A 1x1 convolution as a contraction of one axis of four."""
+    return jnp.einsum("bhwc,cd->bhwd", x, kernel[0, 0])
+
+
+def pairs() -> dict[str, tuple[Callable, Callable, tuple]]:
+    """Name -> the plain form, ours, and what they are called with."""
+    wide = normal(8, 197, 1536)
+    x, kernel = normal(*RESNET), normal(1, 1, 64, 256)
+    plain = partial(nn.gelu, approximate=False)
+    found = {f"layer norm {list(shape)}": norms("layer norm", shape) for shape in (VIT, SWIN)}
+    found[f"batch norm {[*RESNET[:3], 256]}"] = norms("batch norm", (*RESNET[:3], 256))
+    found[f"GELU {list(wide.shape)}"] = (
+        *(value_and_gradients(f) for f in (plain, gelu)),
+        (wide, wide),
+    )
+    found[f"1x1 convolution {list(RESNET)} to 256, after a batch norm"] = (
+        *(value_and_gradients(partial(normalised, f)) for f in (pointwise, convolve)),
+        (normal(*RESNET[:3], 256), x, kernel),
+    )
+    return found
+
+
+def normalised(convolution: Callable, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A convolution between two things that XLA fuses with its gradient."""
+    out = convolution(nn.relu(x), kernel)
+    return nn.relu(out / jnp.sqrt((out * out).mean((0, 1, 2), keepdims=True) + 1e-5))
+
+
+def products() -> dict[str, tuple[Callable, tuple]]:
+    """Name -> a program of matrix products, and what it is called with."""
+
+    def dense(x: jax.Array, w: jax.Array) -> jax.Array:
+        return x @ w
+
+    def heads(q: jax.Array, k: jax.Array) -> jax.Array:
+        return jnp.einsum("band,bamd->banm", q, k)
+
+    rows = normal(1576, 384)
+    return {
+        "dense [1576, 384] to 1536": (
+            value_and_gradients(dense),
+            (normal(1576, 1536), rows, normal(384, 1536)),
+        ),
+        "3x3 convolution [8, 28, 28, 128]": (
+            value_and_gradients(partial(convolve, padding=1)),
+            (normal(8, 28, 28, 128), normal(8, 28, 28, 128), normal(3, 3, 128, 128)),
+        ),
+        "heads [8, 6, 197, 64]": (
+            value_and_gradients(heads),
+            (normal(8, 6, 197, 197), normal(8, 6, 197, 64), normal(8, 6, 197, 64)),
+        ),
+        "windows [512, 3, 49, 32]": (
+            value_and_gradients(heads),
+            (normal(512, 3, 49, 49), normal(512, 3, 49, 32), normal(512, 3, 49, 32)),
+        ),
+    }
+
+
+def beside(name: str, first: Callable, second: Callable, arguments: tuple) -> None:
+    """Times two compiled programs in turns and prints a line."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(ROUNDS + 1):
+        for program, kept in zip((first, second), times, strict=True):
+            began = time.perf_counter()
+            jax.block_until_ready(program(*arguments))
+            if turn:
+                kept.append(1000 * (time.perf_counter() - began))
+    plain, ours = (statistics.median(kept) for kept in times)
+    print(f"{name:60} {plain:8.2f} {ours:8.2f}   {plain / ours:5.2f}x", flush=True)
+
+
+def main() -> None:
+    jax.config.update("jax_enable_compilation_cache", False)
+    options = programs.options(jax.default_backend())
+    print(f"{'':60} {'plain':>8} {'ours':>8}   ms on {jax.devices()[0].device_kind}")
+    for name, (plain, ours, arguments) in pairs().items():
+        compiled = (jax.jit(f).lower(*arguments).compile(options) for f in (plain, ours))
+        beside(name, *compiled, arguments)
+    for name, (program, arguments) in products().items():
+        lowered = jax.jit(program).lower(*arguments)
+        beside(f"options: {name}", lowered.compile(), lowered.compile(options), arguments)
+
+
+if __name__ == "__main__":
+    main()
