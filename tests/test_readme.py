@@ -178,6 +178,8 @@ def test_a_command_of_the_documents_runs(line, folder, hub, monkeypatch, capsys)
         if start in line and made_by not in line and not there:
             first = next(c for c in commands() if made_by in c and "dry_run" not in c)
             assert run(first) == 0, capsys.readouterr().err
+    if line.endswith(" --mode=eval"):  # of a run that another process's test may have made
+        assert run(line.removesuffix(" --mode=eval")) == 0, capsys.readouterr().err
     for word in line.split():  # a test may be run twice
         if word.startswith("--output=") and Path(word[9:]).is_dir():
             shutil.rmtree(word[9:])
