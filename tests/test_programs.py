@@ -112,6 +112,7 @@ def asked():
 def test_this_compiler_knows_every_option_for_a_cpu_and_other_devices_have_none(asked):
     assert programs.options("cpu") == programs.CPU
     assert programs.options("gpu") == programs.options("tpu") == {}
+    assert programs.once("gpu") == programs.once("tpu") == {}
 
 
 def test_an_option_of_another_version_is_left_out(asked, monkeypatch):

@@ -39,9 +39,6 @@ UNFINISHED = "config.json.tmp"
 # What a dry run draws, and what a run that was killed at once leaves.
 BEFORE_CLAIM = ("batch.png", LABELS, vocabulary.FILE, f"{vocabulary.FILE}.tmp", UNFINISHED)
 
-# XLA spends ten times longer on making random numbers fast on a CPU than on making them.
-RUNS_ONCE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 
 @dataclass(frozen=True)
 class Run:
@@ -124,7 +121,7 @@ class Run:
     def _once(self, function: Callable, argument: Any, shardings: Any) -> Any:
         """One call, compiled in little time."""
         lowered = jax.jit(function, out_shardings=shardings).lower(argument)
-        return lowered.compile(RUNS_ONCE if mesh.platform(self.mesh) == "cpu" else None)(argument)
+        return lowered.compile(programs.once(mesh.platform(self.mesh)))(argument)
 
     def compile_train_step(
         self, batch: Mapping[str, Any] | None = None

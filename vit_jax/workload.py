@@ -21,7 +21,7 @@ from vit_jax import cost, programs, step
 from vit_jax.build import build, named_sizes
 from vit_jax.errors import ConfigError, DataError
 from vit_jax.pretrained import hf
-from vit_jax.run import RUNS_ONCE, Run, set_up
+from vit_jax.run import Run, set_up
 from vit_jax.standin import splits_of
 from vit_jax.worker import serve
 
@@ -149,8 +149,7 @@ def _of_model(order: Mapping[str, Any]) -> tuple[Callable[[int], None], dict[str
     abstract = jax.eval_shape(init, key, batch)
     flops = cost.flops(partial(step.forward, model=module), abstract, batch)
     one = {k: v[:1] for k, v in batch.items()}
-    on_cpu = jax.default_backend() == "cpu"
-    variables = init.lower(key, one).compile(RUNS_ONCE if on_cpu else None)(key, one)
+    variables = init.lower(key, one).compile(programs.once(jax.default_backend()))(key, one)
     said = {
         "flops": flops / order["batch_size"],
         "parameters": cost.parameters(abstract["params"]),

@@ -22,6 +22,7 @@ from vit_jax.layers.norm import BatchNorm, LayerNorm
 from vit_jax.layers.residual import convolve
 
 ROUNDS = 15
+NORMS = 6  # in a row: one alone is mostly the reading of its input
 VIT, SWIN, RESNET = (8, 197, 384), (8, 56, 56, 96), (8, 56, 56, 64)  # of B 8, 224x224 pixels
 
 
@@ -40,27 +41,18 @@ def value_and_gradients(function: Callable) -> Callable:
     return both
 
 
-def of_norm(module: nn.Module, variables: dict) -> Callable:
-    """A norm among what stands around it: a branch beside it, as in each block."""
-
-    def run(x: jax.Array, params: dict) -> jax.Array:
-        out, _ = module.apply(variables | {"params": params}, x, mutable=["batch_stats"])
-        return x + out
-
-    return value_and_gradients(run)
-
-
-def norms(kind: str, shape: tuple[int, ...]) -> tuple[Callable, Callable, tuple]:
-    """flax's, ours, and their arguments."""
-    if kind == "layer norm":
-        modules = nn.LayerNorm(epsilon=1e-6), LayerNorm()
-    else:
-        shared = {"use_running_average": False, "momentum": 0.9}
-        modules = nn.BatchNorm(**shared), BatchNorm(**shared)
+def norms(theirs: nn.Module, ours: nn.Module, *shape: int) -> tuple[Callable, Callable, tuple]:
+    """Rows of flax's norm and of ours, each on a branch as in a block, and their arguments."""
     x = normal(*shape)
-    variables = dict(modules[0].init(jax.random.key(0), x))
-    params = variables.pop("params")
-    return *(of_norm(module, variables) for module in modules), (x, x, params)
+    variables = dict(theirs.init(jax.random.key(0), x))
+    params = [variables.pop("params")] * NORMS
+
+    def row(module: nn.Module, x: jax.Array, params: list[dict]) -> jax.Array:
+        for own in params:
+            x = x + module.apply(variables | {"params": own}, x, mutable=["batch_stats"])[0]
+        return x
+
+    return *(value_and_gradients(partial(row, m)) for m in (theirs, ours)), (x, x, params)
 
 
 def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -73,13 +65,15 @@ def pairs() -> dict[str, tuple[Callable, Callable, tuple]]:
     wide = normal(8, 197, 1536)
     x, kernel = normal(*RESNET), normal(1, 1, 64, 256)
     plain = partial(nn.gelu, approximate=False)
-    found = {f"layer norm {list(shape)}": norms("layer norm", shape) for shape in (VIT, SWIN)}
-    found[f"batch norm {[*RESNET[:3], 256]}"] = norms("batch norm", (*RESNET[:3], 256))
+    layer = nn.LayerNorm(epsilon=1e-6), LayerNorm()
+    found = {f"{NORMS} layer norms {list(shape)}": norms(*layer, *shape) for shape in (VIT, SWIN)}
+    batch = (norm(use_running_average=False, momentum=0.9) for norm in (nn.BatchNorm, BatchNorm))
+    found[f"{NORMS} batch norms {[*RESNET[:3], 256]}"] = norms(*batch, *RESNET[:3], 256)
     found[f"GELU {list(wide.shape)}"] = (
         *(value_and_gradients(f) for f in (plain, gelu)),
         (wide, wide),
     )
-    found[f"1x1 convolution {list(RESNET)} to 256, after a batch norm"] = (
+    found[f"1x1 convolution {list(RESNET)} to 256, among norms"] = (
         *(value_and_gradients(partial(normalised, f)) for f in (pointwise, convolve)),
         (normal(*RESNET[:3], 256), x, kernel),
     )

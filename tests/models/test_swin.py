@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from tests.golden import swin as golden
+from vit_jax import programs
 from vit_jax.models import swin
 from vit_jax.models.swin import PatchMerging, Swin, SwinBlock
 from vit_jax.pretrained import names
 from vit_jax.pretrained.families.swin import HF
-from vit_jax.run import RUNS_ONCE
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "swin_tiny.npz"
 TINY = partial(Swin, width=8, depths=(2, 2), heads=(2, 4), window=2)
@@ -262,5 +262,5 @@ def test_padding_of_zeros_leaves_the_gradient_of_a_fresh_model_as_large_as_it_wa
         return jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(gradient)))
 
     init = jax.jit(partial(model.init, train=False)).lower(jax.random.key(0), full)
-    variables = init.compile(RUNS_ONCE)(jax.random.key(0), full)
+    variables = init.compile(programs.once("cpu"))(jax.random.key(0), full)
     assert norm_of_gradient(variables, half) < 10 * norm_of_gradient(variables, full)

@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from vit_jax.contracts import Array
 from vit_jax.layers.dense import Dense
+from vit_jax.layers.lift import lift
 
 MASKED = -1e30  # finite, so that a row without any visible key gives numbers, not NaN
 
@@ -160,7 +161,7 @@ class Attention(nn.Module):
             initial = nn.initializers.constant(jnp.log(10.0))
             logarithm = self.param("logit_scale", initial, (self.heads,))
             per_head = jnp.exp(jnp.minimum(logarithm, jnp.log(100.0)))[:, None]  # [A, 1]
-            query = _direction(query) * _lift(per_head, query)
+            query = _direction(query) * lift(per_head, query)
             key, scale = _direction(key), 1.0
         dropout = nn.Dropout(self.dropout, deterministic=not train) if self.dropout else None
         out, weights = attend(
@@ -185,8 +186,3 @@ def _direction(x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
     length = jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
     return x / length
-
-
-def _lift(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Leading axes of length 1, until the ranks agree."""
-    return x.reshape((1,) * (like.ndim - x.ndim) + x.shape)

@@ -7,6 +7,19 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vit_jax.contracts import Array
+from vit_jax.layers.lift import lift
+
+
+def _moments(x: Array, axes: int | tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance in float32, with axes of length 1 in the place of `axes`."""
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(axes, keepdims=True)
+    return mean, jnp.maximum((wide * wide).mean(axes, keepdims=True) - mean * mean, 0.0)
+
+
+def _scaled(x: Array, mean: Array, inverse: Array, scale: Array, bias: Array) -> jax.Array:
+    """Normalised by a mean and the inverse of a deviation that lie as `x` does."""
+    return (x.astype(jnp.float32) - mean) * (inverse * lift(scale, x)) + lift(bias, x)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -29,12 +42,9 @@ def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> jax.Array
 
 
 def _forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[jax.Array, tuple]:
-    wide = x.astype(jnp.float32)
-    mean = wide.mean(-1, keepdims=True)
-    variance = jnp.maximum((wide * wide).mean(-1, keepdims=True) - mean * mean, 0.0)
+    mean, variance = _moments(x, -1)
     inverse = jax.lax.rsqrt(variance + epsilon)
-    out = (wide - mean) * (inverse * _lift(scale, x)) + _lift(bias, x)
-    return out, (x, scale, bias, mean, inverse)
+    return _scaled(x, mean, inverse, scale, bias), (x, scale, bias, mean, inverse)
 
 
 def _backward(epsilon: float, saved: tuple, gradient: Array) -> tuple:
@@ -43,7 +53,7 @@ def _backward(epsilon: float, saved: tuple, gradient: Array) -> tuple:
     product, level, slope = jax.lax.platform_dependent(
         gradient, normal, scale, cpu=_stored, default=_fused
     )
-    moved = gradient * _lift(scale, x) - (level + normal * slope) / x.shape[-1]
+    moved = gradient * lift(scale, x) - (level + normal * slope) / x.shape[-1]
     tokens = tuple(range(x.ndim - 1))
     to_scale, to_bias = product.sum(tokens), gradient.sum(tokens)
     to_x = (inverse * moved).astype(x.dtype)
@@ -59,14 +69,9 @@ def _stored(gradient: Array, normal: Array, scale: Array) -> tuple[jax.Array, ..
 def _fused(gradient: Array, normal: Array, scale: Array) -> tuple[jax.Array, ...]:
     """The same where a compiler makes one pass of it all."""
     product = gradient * normal
-    scale = _lift(scale, product)
+    scale = lift(scale, product)
     level, slope = ((y * scale).sum(-1, keepdims=True) for y in (gradient, product))
     return product, level, slope
-
-
-def _lift(x: Array, like: Array) -> jax.Array:
-    """[D] -> [1, ..., D], of as many axes."""
-    return x.reshape((1,) * (like.ndim - 1) + x.shape)
 
 
 layer_norm.defvjp(_forward, _backward)
@@ -115,30 +120,22 @@ def batch_norm(
 
 
 def _batch_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[tuple, tuple]:
-    wide = x.astype(jnp.float32)
-    rows = tuple(range(x.ndim - 1))
-    mean = wide.mean(rows)
-    variance = jnp.maximum((wide * wide).mean(rows) - mean * mean, 0.0)
-    out = _normalized(x, mean, variance, scale, bias, epsilon)
-    return (out, mean, variance), (x, scale, bias, mean, jax.lax.rsqrt(variance + epsilon))
-
-
-def _normalized(x: Array, mean: Array, variance: Array, scale: Array, bias: Array, epsilon: float):
-    factor = jax.lax.rsqrt(variance + epsilon) * scale
-    return (x.astype(jnp.float32) - _lift(mean, x)) * _lift(factor, x) + _lift(bias, x)
+    mean, variance = _moments(x, tuple(range(x.ndim - 1)))
+    inverse = jax.lax.rsqrt(variance + epsilon)
+    out = _scaled(x, mean, inverse, scale, bias)
+    return (out, mean.ravel(), variance.ravel()), (x, scale, bias, mean, inverse)
 
 
 def _batch_backward(epsilon: float, saved: tuple, gradients: tuple) -> tuple:
     x, scale, bias, mean, inverse = saved
     gradient, wide = gradients[0], x.astype(jnp.float32)
     rows = tuple(range(x.ndim - 1))
-    to_bias = gradient.sum(rows)
-    to_scale = ((gradient * wide).sum(rows) - mean * to_bias) * inverse
+    to_bias = gradient.sum(rows, keepdims=True)
+    to_scale = ((gradient * wide).sum(rows, keepdims=True) - mean * to_bias) * inverse
     count = x.size // x.shape[-1]
-    level, slope = to_bias / count, inverse * to_scale / count
-    moved = gradient - _lift(level, x) - (wide - _lift(mean, x)) * _lift(slope, x)
-    to_x = (moved * _lift(inverse * scale, x)).astype(x.dtype)
-    return to_x, to_scale.astype(scale.dtype), to_bias.astype(bias.dtype)
+    moved = gradient - to_bias / count - (wide - mean) * (inverse * to_scale / count)
+    to_x = (moved * (inverse * lift(scale, x))).astype(x.dtype)
+    return to_x, to_scale.ravel().astype(scale.dtype), to_bias.ravel().astype(bias.dtype)
 
 
 batch_norm.defvjp(_batch_forward, _batch_backward)
@@ -172,7 +169,8 @@ class BatchNorm(nn.Module):
         scale = self.param("scale", self.scale_init, size)
         bias = self.param("bias", nn.initializers.zeros_init(), size)
         if self.use_running_average:
-            out = _normalized(x, mean.value, var.value, scale, bias, self.epsilon)
+            inverse = jax.lax.rsqrt(var.value + self.epsilon)
+            out = _scaled(x, lift(mean.value, x), lift(inverse, x), scale, bias)
             return out.astype(self.dtype)
         out, *found = batch_norm(x, scale, bias, self.epsilon)
         if not self.is_initializing():

@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from vit_jax.contracts import Array, Features
 from vit_jax.errors import nearest
+from vit_jax.layers.lift import lift
 from vit_jax.layers.norm import BatchNorm
 from vit_jax.layers.pooling import max_pool
 from vit_jax.layers.residual import BasicBlock, Bottleneck, ResidualStage, convolve
@@ -81,9 +82,7 @@ class FrozenBatchNorm(nn.Module):
         mean, var = constant("mean", nn.initializers.zeros), constant("var", nn.initializers.ones)
         factor = scale / jnp.sqrt(var + self.epsilon)
         shift = bias - mean * factor
-        lead = (1,) * (x.ndim - 1)
-        factor, shift = (jnp.reshape(part, lead + size) for part in (factor, shift))
-        return (x * factor + shift).astype(self.dtype)
+        return (x * lift(factor, x) + lift(shift, x)).astype(self.dtype)
 
 
 class ResNet(nn.Module):
