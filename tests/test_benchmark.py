@@ -95,6 +95,8 @@ class Answers:
     def ask(self, do, **order):
         self.orders.append((do, order))
         if do == "run":
+            if not self._times:
+                raise WorkerError("broke down", "bug")
             return {"times": self._times.pop(0)}
         if order["batch_size"] > self._most:
             raise WorkerError("too much", "memory")
@@ -153,6 +155,16 @@ def test_a_peer_that_has_no_such_model_is_a_line_of_the_table_and_ours_is_an_err
     assert any("none" in line for line in benchmark.table(row))
     with pytest.raises(ConfigError, match="no such model"):
         benchmark.measure(ORDER, {"ours": Answers(error=("no such model", "wrong"))}, **TURNS)
+
+
+def test_a_peer_that_fails_in_its_turn_is_dropped_and_ours_is_an_error():
+    workers = {"ours": Answers([1.0], [3.0], flops=1e9), "peer": Answers([1.0])}
+    row = benchmark.measure(ORDER, workers, **TURNS)
+    assert row["sides"]["peer"] == {"error": "broke down"}
+    assert row["sides"]["ours"]["rounds"] == [1.0, 3.0]
+    assert row["ratios"] == {}
+    with pytest.raises(WorkerError, match="broke down"):
+        benchmark.measure(ORDER, {"ours": Answers([1.0])}, **TURNS)
 
 
 @pytest.mark.parametrize(

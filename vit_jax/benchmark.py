@@ -207,7 +207,13 @@ def measure(
             say(f"round {number + 1} of {rounds}: {name}")
             if len(running) > 1:
                 time.sleep(REST)
-            times[name].append(workers[name].ask(do="run", seconds=seconds)["times"])
+            try:
+                times[name].append(workers[name].ask(do="run", seconds=seconds)["times"])
+            except WorkerError as error:
+                if name == "ours":
+                    raise
+                sides[name] = {"error": str(error)}  # as one that could not be prepared
+                running.remove(name)
     for name in running:
         sides[name] |= _statistics(times[name], order["batch_size"])
     ratios = {}
