@@ -261,13 +261,17 @@ def scenes(config: ConfigDict, *, boxes: int, stuff: str, image_size: int = 96) 
     config.train.transforms = config.eval.transforms = (resize, standardize(SCENES), pad)
 
 
-def segmented_scenes(config: ConfigDict) -> None:
-    """Scenes of digits with every pixel's class, seen at 64x64, for a segmenter.
+def segmented_scenes(config: ConfigDict, *, image_size: int = 64) -> None:
+    """Scenes of digits with every pixel's class, for a segmenter.
 
     Digits are 8 % of the pixels, so theirs weigh 8 times as much as the grounds'. Comes after the
     task is set.
+
+    Args:
+      config: changed in place.
+      image_size: side to which the model sees them resized.
     """
-    scenes(config, boxes=0, stuff="names", image_size=64)
+    scenes(config, boxes=0, stuff="names", image_size=image_size)
     inference(config)
     config.task.class_weights = (8.0,) * 10 + (1.0,) * 3
 
