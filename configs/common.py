@@ -261,19 +261,18 @@ def scenes(config: ConfigDict, *, boxes: int, stuff: str, image_size: int = 96) 
     config.train.transforms = config.eval.transforms = (resize, standardize(SCENES), pad)
 
 
-def segmented_scenes(config: ConfigDict, *, image_size: int = 64) -> None:
-    """Scenes of digits with every pixel's class, for a segmenter.
-
-    Digits are 8 % of the pixels, so theirs weigh 8 times as much as the grounds'. Comes after the
-    task is set.
+def segmented_scenes(config: ConfigDict, *, image_size: int, weight: float) -> None:
+    """Scenes of digits with every pixel's class, for a segmenter. Comes after the task is set.
 
     Args:
       config: changed in place.
       image_size: side to which the model sees them resized.
+      weight: of a digit's pixels, which are 8 % of all, beside the grounds'. A large one helps a
+        model to tell digits apart at all, and makes their masks swell.
     """
     scenes(config, boxes=0, stuff="names", image_size=image_size)
     inference(config)
-    config.task.class_weights = (8.0,) * 10 + (1.0,) * 3
+    config.task.class_weights = (weight,) * 10 + (1.0,) * 3
 
 
 def moving(name: str, **arguments: Any) -> ConfigDict:

@@ -43,7 +43,7 @@ def small(config, *, auxiliary=True, **backbone):
 def scenes(config):
     """A small ViT with the PUP decoder, from scratch; 64 tokens."""
     small(config, auxiliary=False, width=64, taps=(3,))
-    common.segmented_scenes(config)
+    common.segmented_scenes(config, image_size=64, weight=8.0)
     common.muon(config)
     config.steps, config.batch_size, config.learning_rate = 5500, 16, 3e-3
     config.schedule.warmup_steps = 200
