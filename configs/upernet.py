@@ -58,13 +58,9 @@ def tiny(config):
 
 
 def camvid(config):
-    """CamVid from scratch, for about half an hour of two CPU cores."""
+    """CamVid from scratch; about half an hour of two CPU cores."""
     common.camvid(config)
     small(config, depths=(2, 2, 2, 2), features=48)
-    common.muon(config)
-    config.steps, config.batch_size, config.learning_rate = 2000, 8, 2e-3
-    config.schedule.warmup_steps = 100
-    config.eval_every = 250
 
 
 def folder(config):
