@@ -70,6 +70,7 @@ def base() -> ConfigDict:
             # Pattern of parameters without weight decay; None is biases, norms, tokens, positions.
             "no_decay": config_dict.placeholder(str),
             "decay_1d": False,  # weight decay on parameters of one axis too
+            "muon_convolutions": False,  # muon turns their kernels too, as matrices
             "freeze": "",  # pattern of parameter names that stay as they are
             "layer_decay": 1.0,  # each earlier layer learns this much slower
             "lr_scale": (),  # ((pattern, factor), ...)

@@ -231,6 +231,30 @@ def test_muon_turns_matrices_in_blocks_and_leaves_the_rest_to_adam(form):
     assert turned
 
 
+@pytest.mark.parametrize("on", [True, False])
+def test_muon_turns_convolutions_of_maps_where_asked_to(on):
+    shapes = {  # the first two are alike, and small: not to be laid on each other
+        "stage_1": {"conv": {"kernel": (3, 3, 6, 8)}, "other": {"kernel": (3, 3, 6, 8)}},
+        "depthwise": {"kernel": (3, 3, 1, 8)},
+        "embed": {"kernel": (4, 4, 3, 8), "bias": (8,)},
+        "block_0": {"conv": {"kernel": (1, 1, 40, 8)}, "query": {"kernel": (8, 8)}},
+    }
+    trees = []
+    for seed in range(2):
+        leaves, structure = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+        trees.append(structure.unflatten([normal(9 * seed + i, *s) for i, s in enumerate(leaves)]))
+    params, gradients = trees
+    updates = by_name(first_update(params, gradients, name="muon", muon_convolutions=on, b1=0.9))
+    for name, g in by_name(gradients).items():
+        if "query" in name or (on and "conv" in name) or (on and "other" in name):
+            stretch = np.linalg.svd(updates[name].reshape(-1, 8) / RATE, compute_uv=False)
+            size = 0.2 * max(g.size // 8, 8) ** 0.5
+            assert (stretch > 0.5 * size).all(), name
+            assert (stretch < 1.3 * size).all(), name
+        else:
+            np.testing.assert_allclose(updates[name], -RATE * np.sign(g), rtol=1e-4, err_msg=name)
+
+
 def test_adafactor_starts_with_signs_and_decays_by_mask():
     params, gradients = vit(seed=0), vit(seed=1)
     updates = by_name(first_update(params, gradients, name="adafactor", b1=0.6, weight_decay=0.3))

@@ -164,6 +164,7 @@ KEYS: dict[str, Any] = {
         "nesterov": Key(bool),
         "no_decay": Key(str, none=True),
         "decay_1d": Key(bool),
+        "muon_convolutions": Key(bool),
         "freeze": TEXT,
         "layer_decay": Key(float, above=0, most=1),
         "lr_scale": Tuple((TEXT, POSITIVE), '(("head", 10.0),)'),

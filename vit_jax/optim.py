@@ -36,6 +36,7 @@ DEFAULTS = {
     "nesterov": False,
     "no_decay": None,
     "decay_1d": False,
+    "muon_convolutions": False,
     "freeze": "",
     "layer_decay": 1.0,
     "lr_scale": (),
@@ -189,7 +190,9 @@ def make(
     - muon: Jordan et al. 2024 (kellerjordan.github.io/posts/muon), as in Optax, for the kernels of
       dense layers inside blocks, adamw for all else. The orthogonal direction is scaled by
       0.2 sqrt(max(D_in, D_out)), which has adamw's size, so that its learning rate and weight decay
-      fit: Liu et al. 2025 (arXiv:2502.16982), eq. 4. Reads momentum, b1, b2, epsilon.
+      fit: Liu et al. 2025 (arXiv:2502.16982), eq. 4. Reads momentum, b1, b2, epsilon. With
+      `muon_convolutions` also for the kernels of convolutions, as matrices whose D_in is all that
+      lies under the kernel, as in the post; not for those that see pictures, or each channel alone.
 
     The optimizers share one block of a config: what the chosen one does not read is left unread.
     LAMB takes one norm over all layers of scanned `blocks`. Those that treat each number alike keep
@@ -224,10 +227,15 @@ def make(
     scales = _scales(params, spec["layer_decay"], spec["lr_scale"])
     ranges = [_range(params, entry, kept) for entry in spec["clamp"]]
     no_matrix = jax.tree.map(lambda _: False, params)
-    matrices = _inside_blocks(params) if spec["name"] == "muon" else no_matrix
+    matrices = convolutions = no_matrix
+    if spec["name"] == "muon":
+        matrices = _inside_blocks(params)
+        convolutions = _of_maps(params) if spec["muon_convolutions"] else no_matrix
     together = spec["name"] in ELEMENTWISE
     # A factor for each scanned layer belongs to one array.
-    apart = jax.tree.map(lambda s: not together or isinstance(s, np.ndarray), scales)
+    apart = jax.tree.map(
+        lambda s, conv: not together or conv or isinstance(s, np.ndarray), scales, convolutions
+    )
     kinds = (mask, kept, scales, *(found for found, *_ in ranges))
     bundles = Bundles(params, apart=apart, matrices=matrices, kinds=kinds)
     decay = optax.identity()
@@ -243,7 +251,7 @@ def make(
         "sgd": [decay, momentum] if spec["momentum"] else [decay],
         "lamb": [optax.scale_by_adam(b1, b2, epsilon), decay, optax.scale_by_trust_ratio()],
         "adafactor": [factored, first_moment, decay] if b1 else [factored, decay],
-        "muon": [_muon(spec, bundles.of(matrices)), decay],
+        "muon": [_muon(spec, bundles.of(matrices), bundles.of(convolutions)), decay],
     }
     name = spec["name"]
     if name not in directions:
@@ -308,23 +316,45 @@ def _inside_blocks(params: Tree) -> Tree:
     return jax.tree.map_with_path(is_matrix, params)
 
 
-def _muon(spec: Mapping[str, Any], matrices: Tree) -> optax.GradientTransformation:
-    """Muon for matrices in blocks, Adam for all else; before weight decay and learning rate."""
-    labels = jax.tree.map(lambda is_matrix: "muon" if is_matrix else "adam", matrices)
+def _of_maps(params: Tree) -> Tree:
+    """A tree of bool, True for the kernels of convolutions that mix the channels of a map."""
 
-    def axes(params: Tree) -> Tree:
-        return jax.tree.map(
-            lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params
-        )
+    def is_one(path: Any, x: Any) -> bool:
+        # The last axes but one: 1 where each channel has a kernel of its own, 3 or 4 of a picture.
+        return name_of(path).endswith("/kernel") and x.ndim == 4 and x.shape[-2] > 4
 
-    def size(updates: Tree, _: Tree) -> Tree:
-        return jax.tree.map(lambda u: u * (0.2 * math.sqrt(max(u.shape[-2:]))), updates)
+    return jax.tree.map_with_path(is_one, params)
 
-    direction = optax.contrib.scale_by_muon(beta=spec["momentum"], weight_dimension_numbers=axes)
-    adam = optax.scale_by_adam(spec["b1"], spec["b2"], spec["epsilon"])
-    return optax.partition(
-        {"muon": optax.chain(direction, optax.stateless(size)), "adam": adam}, labels
+
+def _muon(
+    spec: Mapping[str, Any], matrices: Tree, convolutions: Tree
+) -> optax.GradientTransformation:
+    """Muon for matrices and convolutions, Adam for all else; before weight decay and the rate."""
+    labels = jax.tree.map(
+        lambda matrix, conv: "matrices" if matrix else "convolutions" if conv else "adam",
+        matrices,
+        convolutions,
     )
+
+    def turned(inputs: int) -> optax.GradientTransformation:
+        """Muon where so many axes before the last one are what an output is made of."""
+
+        def axes(params: Tree) -> Tree:
+            return jax.tree.map(
+                lambda x: optax.contrib.MuonDimensionNumbers(
+                    tuple(range(x.ndim - 1 - inputs, x.ndim - 1)), x.ndim - 1
+                ),
+                params,
+            )
+
+        def scaled(u: jax.Array) -> jax.Array:
+            return u * (0.2 * math.sqrt(max(math.prod(u.shape[-1 - inputs : -1]), u.shape[-1])))
+
+        muon = optax.contrib.scale_by_muon(beta=spec["momentum"], weight_dimension_numbers=axes)
+        return optax.chain(muon, optax.stateless(lambda u, _: jax.tree.map(scaled, u)))
+
+    adam = optax.scale_by_adam(spec["b1"], spec["b2"], spec["epsilon"])
+    return optax.partition({"matrices": turned(1), "convolutions": turned(3), "adam": adam}, labels)
 
 
 def names(tree: Tree) -> list[str]:

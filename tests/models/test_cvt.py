@@ -223,6 +223,49 @@ def test_stages_of_unequal_number_and_images_too_small_are_refused():
 
     with pytest.raises(ValueError, match=r"depths=\(1, 2\) must name one number for each stage"):
         shapes(TINY(depths=(1, 2)), 32, 32)
+    with pytest.raises(ValueError, match=r"embed_depths=\(2,\) must name one number for each"):
+        shapes(TINY(embed_depths=(2,)), 32, 32)
+    with pytest.raises(ValueError, match=r"embed_depths=\(1, 0, 1\) must be at least 1 each"):
+        shapes(TINY(embed_depths=(1, 0, 1)), 32, 32)
     with pytest.raises(ValueError, match="2x9 pixels is smaller than the 3x3"):
         shapes(TINY(), 2, 9)
     shapes(TINY(), 3, 9)
+
+
+def test_a_deeper_embedding_adds_3x3_convolutions_at_the_size_of_its_map(tiny):
+    model = TINY(embed_depths=(2, 1, 3))
+    pixels = image()
+    shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), pixels)
+    plain = jax.eval_shape(partial(TINY().init, train=False), jax.random.key(0), pixels)
+    added = {
+        f"{stage}/{name}": part["kernel"].shape
+        for stage, parts in shapes["params"].items()
+        for name, part in parts.items()
+        if name not in plain["params"][stage] and "kernel" in part
+    }
+    assert added == {
+        "stage_1/embed_1": (3, 3, 4, 4),
+        "stage_3/embed_1": (3, 3, 12, 12),
+        "stage_3/embed_2": (3, 3, 12, 12),
+    }
+    # With the identity for a kernel and for a batch norm, what is left of it is its ReLU.
+    small, variables = TINY(depths=(0, 0, 1)), random_variables(TINY(depths=(0, 0, 1)), pixels)
+    deeper = TINY(depths=(0, 0, 1), embed_depths=(2, 1, 1))
+    identity = np.zeros((3, 3, 4, 4), np.float32)
+    identity[1, 1] = np.eye(4)
+    stage = variables["params"]["stage_1"]
+    stage["embed_1"] = {"kernel": identity, "bias": np.zeros(4, np.float32)}
+    stage["embed_bn_1"] = {"scale": np.ones(4, np.float32), "bias": np.zeros(4, np.float32)}
+    statistics = {"mean": np.zeros(4, np.float32), "var": np.full(4, 1 - 1e-5, np.float32)}
+    variables["batch_stats"]["stage_1"] = {"embed_bn_1": statistics}
+
+    def seen(layer, name):
+        _, state = jax.jit(
+            partial(layer.apply, train=False, capture_intermediates=True, mutable="intermediates")
+        )(variables, pixels)
+        return state["intermediates"]["stage_1"][name]["__call__"][0]
+
+    first, further = seen(deeper, "embed"), seen(deeper, "embed_1")
+    chex.assert_trees_all_close(further, jax.nn.relu(first), atol=1e-6)
+    del stage["embed_1"], stage["embed_bn_1"]
+    chex.assert_trees_all_equal(seen(small, "embed"), first)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vit_jax.contracts import Array
+from vit_jax.layers.convolution import Conv
 
 
 def grid_size(height: int, width: int, patch: int, stride: int = 1) -> tuple[int, int]:
@@ -56,7 +57,7 @@ class PatchEmbed(nn.Module):
         """[B, H, W, C] -> [B, H / patch, W / patch, D]; ValueError if the patch does not divide."""
         grid_size(*x.shape[1:3], self.patch)
         side = (self.patch, self.patch)
-        return nn.Conv(
+        return Conv(
             self.width,
             side,
             side,

@@ -9,9 +9,15 @@ from flax import linen as nn
 
 from vit_jax.contracts import Array, Features
 from vit_jax.layers.attention import Attention
-from vit_jax.layers.convolution import DepthwiseConv
+from vit_jax.layers.convolution import Conv, DepthwiseConv
 from vit_jax.layers.norm import BatchNorm, LayerNorm
 from vit_jax.layers.transformer import DropPath, Mlp, apply_blocks, drop_path_rates
+
+
+def _batch_norm(dtype: jnp.dtype, name: str, *, train: bool) -> nn.Module:
+    return BatchNorm(
+        use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name
+    )
 
 
 class ConvProjection(nn.Module):
@@ -31,13 +37,7 @@ class ConvProjection(nn.Module):
     def __call__(self, x: Array, *, train: bool) -> jax.Array:
         """[B, h, w, C] -> [B, ceil(h / stride) * ceil(w / stride), C]."""
         x = DepthwiseConv(stride=self.stride, dtype=self.dtype, name="conv")(x)
-        x = BatchNorm(
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=self.dtype,
-            name="norm",
-        )(x)
+        x = _batch_norm(self.dtype, "norm", train=train)(x)
         return rearrange(x, "b h w c -> b (h w) c")
 
 
@@ -110,6 +110,8 @@ class CvTStage(nn.Module):
       kernel: side of the embedding's kernel, larger than its stride, so that patches overlap.
       stride: of the embedding.
       padding: zeros around the image, in pixels.
+      embed_depth: convolutions of the embedding; those after the first are 3x3, each behind a batch
+        normalisation and a ReLU.
       class_token: whether a class token is put before the pixels.
     """
 
@@ -119,6 +121,7 @@ class CvTStage(nn.Module):
     kernel: int
     stride: int
     padding: int
+    embed_depth: int = 1
     class_token: bool = False
     key_stride: int = 2
     mlp_ratio: float = 4.0
@@ -140,7 +143,7 @@ class CvTStage(nn.Module):
                 f"{smallest}x{smallest} that a token embedding with kernel={self.kernel} and "
                 f"padding={self.padding} needs"
             )
-        x = nn.Conv(
+        x = Conv(
             self.width,
             (self.kernel, self.kernel),
             (self.stride, self.stride),
@@ -148,6 +151,9 @@ class CvTStage(nn.Module):
             dtype=self.dtype,
             name="embed",
         )(x)
+        for i in range(1, self.embed_depth):
+            x = nn.relu(_batch_norm(self.dtype, f"embed_bn_{i}", train=train)(x))
+            x = Conv(self.width, (3, 3), padding=1, dtype=self.dtype, name=f"embed_{i}")(x)
         x = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="embed_norm")(x)
         size = x.shape[1:3]
         x = rearrange(x, "b h w c -> b (h w) c")
@@ -187,7 +193,8 @@ class CvT(nn.Module):
     computes the exact `gelu` with them, which moves the logits by a few percent.
 
     Parameters: `stage_1` .. `stage_3` with `embed`, `embed_norm`, `block_0`, `block_1`, ... (with
-    `scan` one `blocks` with a leading axis), in the last stage `class_token`, and `norm`.
+    `scan` one `blocks` with a leading axis), in the last stage `class_token`, and `norm`; with more
+    `embed_depths` also `embed_bn_1`, `embed_1`, ...
 
     Attributes:
       widths: C of each stage.
@@ -196,6 +203,9 @@ class CvT(nn.Module):
       kernels: side of each token embedding's kernel.
       strides: of each token embedding.
       paddings: zeros around each token embedding's input, in pixels.
+      embed_depths: convolutions of each token embedding; () is one each, as published. More are
+        Xiao et al. 2021, "Early Convolutions Help Transformers See Better" (arXiv:2106.14881),
+        section 3: those after the first are 3x3, each behind a batch normalisation and a ReLU.
       key_stride: of the convolutions for keys and values.
       mlp_ratio: hidden width of the MLPs over their input's.
       activation: of the MLPs, a name of `layers.activation.ACTIVATIONS`.
@@ -215,6 +225,7 @@ class CvT(nn.Module):
     kernels: tuple[int, ...] = (7, 3, 3)
     strides: tuple[int, ...] = (4, 2, 2)
     paddings: tuple[int, ...] = (2, 1, 1)
+    embed_depths: tuple[int, ...] = ()
     key_stride: int = 2
     mlp_ratio: float = 4.0
     activation: str = "quick_gelu"
@@ -244,6 +255,7 @@ class CvT(nn.Module):
             "kernels": self.kernels,
             "strides": self.strides,
             "paddings": self.paddings,
+            "embed_depths": self.embed_depths or (1,) * len(self.widths),
         }
         for name, numbers in stages.items():
             if len(numbers) != len(self.widths):
@@ -251,6 +263,8 @@ class CvT(nn.Module):
                     f"{name}={tuple(numbers)} must name one number for each stage of "
                     f"widths={tuple(self.widths)}"
                 )
+        if min(stages["embed_depths"]) < 1:
+            raise ValueError(f"embed_depths={tuple(self.embed_depths)} must be at least 1 each")
         x, token, maps = image, None, []
         for i, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
             last = i == len(self.widths) - 1
@@ -261,6 +275,7 @@ class CvT(nn.Module):
                 self.kernels[i],
                 self.strides[i],
                 self.paddings[i],
+                stages["embed_depths"][i],
                 class_token=last,
                 key_stride=self.key_stride,
                 mlp_ratio=self.mlp_ratio,
