@@ -204,13 +204,18 @@ def finetune(config: ConfigDict) -> None:
     classifier(config, target="init.backbone", image_size=size)
 
 
-def cifar10(config: ConfigDict) -> None:
-    """CIFAR-10 (Krizhevsky 2009) through TFDS: 50,000 + 10,000 pictures of 32x32."""
+def cifar10(config: ConfigDict, padding: int = 4) -> None:
+    """CIFAR-10 (Krizhevsky 2009) through TFDS: 50,000 + 10,000 pictures of 32x32.
+
+    Args:
+      config: changed in place.
+      padding: pixels by which a picture moves at most in training; a short run wants few.
+    """
     config.data.name = "cifar10"
     share(config)
     config.image_size = 32
     config.train.transforms = (
-        step("RandomCrop", size=32, padding=4),
+        step("RandomCrop", size=32, padding=padding),
         step("RandomFlip"),
         standardize(CIFAR10),
     )

@@ -43,6 +43,7 @@ def scenes(config):
     small(config, depths=(1, 2, 2), features=32)
     common.segmented_scenes(config, image_size=96, weight=3.0)
     common.muon(config)
+    config.optimizer.muon_convolutions = True
     config.steps, config.batch_size, config.learning_rate = 5000, 16, 6e-3
     config.schedule.warmup_steps = 200
     config.eval_every = 1000
