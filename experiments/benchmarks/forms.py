@@ -18,25 +18,11 @@ from flax import linen as nn
 
 from vit_jax import programs
 from vit_jax.layers.activation import gelu
-from vit_jax.layers.convolution import convolve
 from vit_jax.layers.norm import BatchNorm, LayerNorm
+from vit_jax.layers.residual import convolve
 
 ROUNDS = 15
 NORMS = 6  # in a row: one alone is mostly the reading of its input
-CONVOLUTIONS = (  # map, features, side of the kernel, stride
-    ((8, 224, 224, 3), 384, 16, 16),  # ViT-S's patches
-    ((8, 224, 224, 3), 96, 4, 4),  # Swin's
-    ((8, 224, 224, 3), 64, 7, 4),  # CvT's first embedding
-    ((8, 56, 56, 64), 192, 3, 2),  # its second
-    ((8, 224, 224, 3), 64, 7, 2),  # ResNet's root
-    ((8, 56, 56, 64), 64, 3, 1),  # its stages
-    ((8, 28, 28, 128), 128, 3, 1),
-    ((8, 14, 14, 256), 256, 3, 1),
-    ((8, 7, 7, 512), 512, 3, 1),
-    ((16, 24, 24, 32), 32, 3, 1),  # UPerNet's of configs/upernet.py
-    ((128, 16, 16, 48), 48, 3, 1),  # CvT's of configs/cvt.py:cifar10
-    ((128, 8, 8, 96), 96, 3, 1),
-)
 VIT, SWIN, RESNET = (8, 197, 384), (8, 56, 56, 96), (8, 56, 56, 64)  # of B 8, 224x224 pixels
 
 
@@ -69,14 +55,6 @@ def norms(theirs: nn.Module, ours: nn.Module, *shape: int) -> tuple[Callable, Ca
     return *(value_and_gradients(partial(row, m)) for m in (theirs, ours)), (x, x, params)
 
 
-def plain_conv(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    """A convolution as XLA has it."""
-    numbers = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=numbers
-    )
-
-
 def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """A 1x1 convolution as a contraction of one axis of four."""
     return jnp.einsum("bhwc,cd->bhwd", x, kernel[0, 0])
@@ -99,15 +77,6 @@ def pairs() -> dict[str, tuple[Callable, Callable, tuple]]:
         *(value_and_gradients(partial(normalised, f)) for f in (pointwise, convolve)),
         (normal(*RESNET[:3], 256), x, kernel),
     )
-    for shape, features, side, stride in CONVOLUTIONS:
-        padding = 0 if side == stride else side // 2
-        kernel, x = normal(side, side, shape[-1], features) / side, normal(*shape)
-        forms = [partial(f, stride=stride, padding=padding) for f in (plain_conv, convolve)]
-        out = jax.eval_shape(forms[0], x, kernel).shape
-        # The gradient of a picture is not asked for.
-        both = [value_and_gradients(f if shape[-1] > 3 else partial(f, x)) for f in forms]
-        arguments = (normal(*out), *((x, kernel) if shape[-1] > 3 else (kernel,)))
-        found[f"{side}x{side} stride {stride} {list(shape)} to {features}"] = (*both, arguments)
     return found
 
 

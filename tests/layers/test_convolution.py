@@ -5,10 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
-from vit_jax.layers import convolution
-from vit_jax.layers.convolution import Conv, DepthwiseConv, convolve, depthwise_conv
+from vit_jax.layers.convolution import DepthwiseConv, depthwise_conv
 
 # B, H, W, C, kernel, stride, padding: odd sizes, sizes that stride does not divide, single pixels.
 CASES = [
@@ -129,83 +127,3 @@ def test_the_layer_keeps_its_size_by_default_and_a_float32_kernel():
     assert out.dtype == jnp.bfloat16
     assert variables["params"]["kernel"].shape == (3, 3, 1, 3)
     assert variables["params"]["kernel"].dtype == np.float32
-
-
-# B, H, W, C, D, kernel's rows and columns, stride, padding: patches that lie apart and that do not,
-# few channels and many, uneven zeros, single pixels.
-FULL = [
-    (3, 7, 10, 5, 4, 3, 3, 1, 1),
-    (4, 9, 7, 40, 3, 3, 3, 2, 1),
-    (2, 8, 11, 3, 6, 3, 3, 2, "SAME"),
-    (5, 9, 8, 2, 3, 7, 7, 2, 3),
-    (2, 8, 12, 3, 5, 4, 4, 4, "VALID"),
-    (2, 9, 13, 3, 5, 4, 4, 4, 0),
-    (2, 7, 11, 3, 5, 4, 4, 4, ((0, 1), (0, 1))),
-    (3, 6, 5, 4, 2, 1, 1, 2, 0),
-    (3, 6, 5, 4, 2, 1, 1, 1, 1),
-    (2, 6, 9, 12, 2, 2, 5, 1, ((1, 0), (2, 2))),
-    (1, 1, 1, 3, 2, 3, 3, 1, 1),
-]
-
-
-@pytest.mark.parametrize("case", FULL, ids=str)
-@pytest.mark.parametrize("gathered", [1, 2000, convolution.GATHERED])
-def test_a_convolution_equals_the_plain_one_in_value_and_both_gradients(
-    case, gathered, monkeypatch
-):
-    monkeypatch.setattr(convolution, "GATHERED", gathered)  # bytes: one, some and all pictures
-    b, h, w, c, d, rows, columns, stride, padding = case
-    random = np.random.default_rng(3)
-    x, kernel = normal(random, b, h, w, c), normal(random, rows, columns, c, d) / rows
-
-    def plain(x, kernel):
-        pads = [(padding, padding)] * 2 if isinstance(padding, int) else padding
-        numbers = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(
-            x, kernel, (stride, stride), pads, dimension_numbers=numbers
-        )
-
-    direction = normal(random, *jax.eval_shape(plain, x, kernel).shape)
-
-    def value_and_gradients(conv):
-        out, pull = jax.vjp(conv, x, kernel)
-        return out, pull(direction)
-
-    wanted = jax.jit(partial(value_and_gradients, plain))()
-    got = jax.jit(partial(value_and_gradients, lambda x, k: convolve(x, k, stride, padding)))()
-    chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_another_platform_gets_the_plain_gradient():
-    x, kernel = jnp.ones((4, 5, 7, 3)), jnp.ones((3, 3, 3, 2))
-
-    def gradient(kernel):
-        return jax.grad(lambda k: convolve(x, k, 1, 1).sum())(kernel)
-
-    traced = jax.jit(gradient).trace(kernel)
-    assert "while" in traced.lower(lowering_platforms=("cpu",)).as_text()
-    assert "while" not in traced.lower(lowering_platforms=("cuda",)).as_text()
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [{"padding": 1}, {"strides": 2}, {"strides": (2, 1)}, {"kernel_dilation": 2}],
-    ids=str,
-)
-def test_the_layer_is_flaxs(fields):
-    x = normal(np.random.default_rng(0), 2, 6, 7, 4)
-    wanted, variables = nn.Conv(5, (3, 3), **fields).init_with_output(jax.random.key(0), x)
-    chex.assert_trees_all_close(Conv(5, (3, 3), **fields).apply(variables, x), wanted, rtol=1e-5)
-
-
-def test_a_convolution_in_bfloat16_keeps_its_dtypes_and_sums_gradients_in_float32():
-    x = normal(np.random.default_rng(0), 64, 8, 8, 4).astype(jnp.bfloat16)
-    kernel = normal(np.random.default_rng(1), 3, 3, 4, 2)
-
-    @partial(jax.jit, static_argnums=0)
-    def gradient(dtype):
-        y = x.astype(dtype)
-        return jax.grad(lambda k: (convolve(y, k, 1, 1).astype(jnp.float32) ** 2).mean())(kernel)
-
-    assert gradient(jnp.bfloat16).dtype == jnp.float32
-    chex.assert_trees_all_close(gradient(jnp.bfloat16), gradient(jnp.float32), rtol=0.05, atol=1e-3)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vit_jax.contracts import Array
-from vit_jax.layers.convolution import Conv
 
 
 def grid_size(height: int, width: int, patch: int, stride: int = 1) -> tuple[int, int]:
@@ -57,7 +56,7 @@ class PatchEmbed(nn.Module):
         """[B, H, W, C] -> [B, H / patch, W / patch, D]; ValueError if the patch does not divide."""
         grid_size(*x.shape[1:3], self.patch)
         side = (self.patch, self.patch)
-        return Conv(
+        return nn.Conv(
             self.width,
             side,
             side,

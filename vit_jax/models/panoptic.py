@@ -11,7 +11,6 @@ from flax import linen as nn
 
 from vit_jax.contracts import Array
 from vit_jax.layers.attention import MASKED
-from vit_jax.layers.convolution import Conv
 from vit_jax.layers.dense import Dense
 from vit_jax.layers.pyramid import nearest
 from vit_jax.models.detr import DETR
@@ -83,7 +82,7 @@ class MaskHead(nn.Module):
         batch, queries = attention.shape[:2]
 
         def conv(x: jax.Array, features: int, name: str) -> jax.Array:
-            return Conv(
+            return nn.Conv(
                 features, (3, 3), padding=1, dtype=self.dtype, kernel_init=UNIFORM, name=name
             )(x)
 

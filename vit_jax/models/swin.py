@@ -10,7 +10,6 @@ from flax import linen as nn
 from vit_jax.contracts import Array, Features
 from vit_jax.layers import windows
 from vit_jax.layers.attention import Attention
-from vit_jax.layers.convolution import Conv
 from vit_jax.layers.dense import Dense
 from vit_jax.layers.norm import LayerNorm
 from vit_jax.layers.rows import keep_rows
@@ -295,7 +294,7 @@ def pyramid(
             f"depths={tuple(model.depths)}"
         )
     norm = partial(LayerNorm, epsilon=model.epsilon, dtype=model.dtype)
-    x = Conv(
+    x = nn.Conv(
         model.width,
         (model.patch, model.patch),
         (model.patch, model.patch),
