@@ -66,7 +66,7 @@ def cifar10(config):
         config.model.backbone.embed_depths = (3, 3, 2)
     common.muon(config)
     config.optimizer.muon_convolutions = True
-    config.batch_size, config.epochs, config.learning_rate = 128, 7.0, 4e-3
+    config.batch_size, config.epochs, config.learning_rate = 128, 7.0, 6e-3
     config.schedule.update({"name": "linear", "warmup_epochs": 0.2})
     config.task.label_smoothing = 0.1
     config.eval_every = 547
