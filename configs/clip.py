@@ -45,7 +45,7 @@ def get_config(recipe: str = "scenes"):
 def contrast(config, features, backbone, text):
     """Sets the task, and a model of a ViT and a text transformer with these fields."""
     dtype = config.get_ref("dtype")
-    shared = {"dtype": dtype, "scan": False, "remat": False}
+    shared = {"dtype": dtype, "scan": False}
     vit = {"target": "models.vit.ViT", "image_size": config.get_ref("image_size")}
     words = {
         "target": "models.clip.TextTransformer",
@@ -63,8 +63,8 @@ def contrast(config, features, backbone, text):
                 "features": features,
                 "bias": config_dict.placeholder(float),  # a number with the sigmoid loss
                 "dtype": dtype,
-                "backbone": vit | shared | backbone,
-                "text": words | shared | text,
+                "backbone": vit | shared | {"remat": common.remat()} | backbone,
+                "text": words | shared | {"remat": common.remat()} | text,
             }
         )
     config.optimizer.clamp = (("^logit_scale$", 0.0, HIGHEST),)

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict, FieldReference, config_dict
 
 DIGITS = {"mean": (0.3053, 0.3053, 0.3053), "std": (0.3760, 0.3760, 0.3760)}
 CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
@@ -104,6 +104,11 @@ def base() -> ConfigDict:
     return config.lock()
 
 
+def remat() -> FieldReference:
+    """Off; True, or what is kept, as a name of `vit_jax.layers.remat.POLICIES`."""
+    return FieldReference(False, field_type=object)
+
+
 def backbone(config: ConfigDict, size: str = "", **fields: Any) -> dict[str, Any]:
     """A backbone, by a named size or a class with its fields, with what every one of them has.
 
@@ -116,7 +121,7 @@ def backbone(config: ConfigDict, size: str = "", **fields: Any) -> dict[str, Any
         "attention_dropout": 0.0,
         "dtype": config.get_ref("dtype"),
         "scan": False,
-        "remat": False,
+        "remat": remat(),
         **fields,
     }
 

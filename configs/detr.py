@@ -156,7 +156,7 @@ def coco(config):
                 "queries": 100,
                 "dropout": 0.1,
                 "attention_dropout": 0.1,
-                "remat": False,
+                "remat": common.remat(),
                 "dtype": config.get_ref("dtype"),
             }
         )

@@ -94,7 +94,9 @@ def mae(config, statistics, vit, *, ratio=0.75, patch, **decoder):
     """An MAE with normalised pixels."""
     ratio = hide(config, statistics, patch=patch, ratio=ratio)
     task = {"name": "MaskedPixels", "loss": "l2", "normalized": True}
-    model(config, "MAE", task, statistics, ratio=ratio, remat=False, **decoder, backbone=vit)
+    model(
+        config, "MAE", task, statistics, ratio=ratio, remat=common.remat(), **decoder, backbone=vit
+    )
 
 
 def small_decoder(width):

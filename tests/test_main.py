@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from vit_jax import main
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +26,17 @@ def test_a_config_is_found_beside_the_package_from_any_folder(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert main.parse(["--config=configs/swin.py"])[1] == Path("runs/swin-digits")
     assert main.parse(["--config=configs/setr.py"])[1] == Path("runs/setr-scenes")
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"), [("True", True), ("false", False), ("dots_saveable", "dots_saveable")]
+)
+def test_remat_is_a_switch_or_the_name_of_what_is_kept(said, kept):
+    for name in ("vit", "clip", "masked"):
+        line = [f"--config=configs/{name}.py", f"--config.model.backbone.remat={said}"]
+        model = main.parse(line)[0]["model"]
+        assert model["backbone"]["remat"] is kept or model["backbone"]["remat"] == kept
+        assert not any(part["remat"] for part in (model, model.get("text", {})) if "remat" in part)
 
 
 def test_help_teaches(capsys):

@@ -34,7 +34,7 @@ MODEL...       names of vit_jax.list_models(), at --image_size=224; or --config 
 --work         training, inference, input (a config's pipeline); training,inference if not given
 --batch_size   of all of them, or several with commas; halved where memory does not suffice
 --dtype        of the computation: float32 or bfloat16
---set          fields of the backbone: --set scan=True --set remat=True
+--set          fields of the backbone: --set scan=True --set remat=dots_saveable
 --peer         transformers or timm: the same work in PyTorch as well, eager and by torch.compile,
                each in a process of its own, in turns with ours, so that what disturbs one disturbs
                all; --peer_python=PATH is a Python that has it, if this one has not

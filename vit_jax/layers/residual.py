@@ -11,6 +11,7 @@ from flax import linen as nn
 from vit_jax.contracts import Array
 from vit_jax.errors import nearest
 from vit_jax.layers.pooling import max_pool
+from vit_jax.layers.remat import recomputed
 
 
 def convolve(x: Array, kernel: Array, stride: int = 1, padding: int | str = "SAME") -> jax.Array:
@@ -162,7 +163,7 @@ class ResidualStage(nn.Module):
         that is not 1.
       norm: makes a norm from (scale_init=, name=).
       stride: of the first.
-      remat: recomputes each block's activations in the backward pass.
+      remat: what is recomputed of each block in the backward pass: `layers.remat`.
       block: the class of the blocks.
       dilation: of the convolutions in all blocks but the first.
     """
@@ -172,14 +173,14 @@ class ResidualStage(nn.Module):
     conv: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
     stride: int = 1
-    remat: bool = False
+    remat: bool | str = False
     block: type[nn.Module] = Bottleneck
     dilation: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> jax.Array:
         """[B, H, W, C] -> [B, h, w, 4 * features], or `features` with a `BasicBlock`."""
-        block = nn.remat(self.block) if self.remat else self.block
+        block = recomputed(self.block, self.remat)
         for i in range(self.blocks):
             stride, conv = (self.stride if i == 0 else 1), self.conv
             if i > 0 and self.dilation != 1:
@@ -201,14 +202,14 @@ class HybridStem(nn.Module):
       width: features of the root; 32 groups must divide it.
       source: whose epsilons, a name of `SOURCES`: "google" trained the published weights, "timm"
         computes with its own.
-      remat: recomputes each bottleneck's activations in the backward pass.
+      remat: what is recomputed of each bottleneck in the backward pass: `layers.remat`.
       dtype: of the computation; parameters stay float32.
     """
 
     sizes: Sequence[int]
     width: int = 64
     source: str = "google"
-    remat: bool = False
+    remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
 
     @staticmethod

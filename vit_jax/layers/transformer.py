@@ -14,6 +14,7 @@ from vit_jax.layers.activation import activation
 from vit_jax.layers.attention import Attention
 from vit_jax.layers.dense import Dense
 from vit_jax.layers.norm import LayerNorm
+from vit_jax.layers.remat import recomputed
 from vit_jax.layers.rows import keep_rows
 
 
@@ -191,7 +192,7 @@ def apply_blocks(
     rates: Sequence[float],
     *,
     scan: bool = False,
-    remat: bool = False,
+    remat: bool | str = False,
     train: bool,
     **shared: Array,
 ) -> jax.Array:
@@ -203,7 +204,7 @@ def apply_blocks(
       rates: drop-path rate of each block; equal blocks only.
       scan: compiles one block and loops over it. Parameters then lie in `blocks` with a leading
         axis [L, ...]; otherwise in `block_0`, `block_1`, ...
-      remat: recomputes each block's activations in the backward pass instead of keeping them.
+      remat: what is recomputed of each block in the backward pass: `layers.remat`.
       train: whether dropout and drop path act.
       **shared: what each block is given besides, the same for all.
     """
@@ -217,7 +218,7 @@ def tapped_blocks(
     taps: Sequence[int],
     *,
     scan: bool = False,
-    remat: bool = False,
+    remat: bool | str = False,
     train: bool,
     **shared: Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -235,7 +236,7 @@ def tapped_blocks(
             def run(module: nn.Module, x: jax.Array, rate: float = rate) -> jax.Array:
                 return module(x, rate, train=train, **shared)
 
-            run = nn.remat(run) if remat else run
+            run = recomputed(run, remat)
             x = keep_rows(run(block(name=f"block_{i}"), keep_rows(x)))
             left.append(x)
         return x, tuple(left[tap] for tap in taps)
@@ -249,9 +250,8 @@ def tapped_blocks(
         carry = keep_rows(module(keep_rows(carry), rate, train=train, **shared))
         return carry, carry if taps else None
 
-    step = nn.remat(body, prevent_cse=False) if remat else body
     loop = nn.scan(
-        step,
+        recomputed(body, remat, prevent_cse=False),
         variable_axes={"params": 0, "batch_stats": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
         length=len(rates),

@@ -41,7 +41,7 @@ class TextTransformer(nn.Module):
       attention_dropout: rate on the attention weights.
       dtype: of the computation; parameters stay float32.
       scan: compiles one block and loops over it.
-      remat: recomputes each block's activations in the backward pass instead of keeping them.
+      remat: what is recomputed of each block in the backward pass: `layers.remat`.
     """
 
     vocabulary: int
@@ -59,7 +59,7 @@ class TextTransformer(nn.Module):
     attention_dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, tokens: Array, *, train: bool) -> jax.Array:

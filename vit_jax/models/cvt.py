@@ -131,7 +131,7 @@ class CvTStage(nn.Module):
     attention_dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> tuple[jax.Array, jax.Array | None]:
@@ -216,7 +216,7 @@ class CvT(nn.Module):
       attention_dropout: rate on the attention weights.
       dtype: of the computation; parameters and batch statistics stay float32.
       scan: compiles one block per stage and loops over it.
-      remat: recomputes each block's activations in the backward pass instead of keeping them.
+      remat: what is recomputed of each block in the backward pass: `layers.remat`.
     """
 
     widths: tuple[int, ...] = (64, 192, 384)
@@ -235,7 +235,7 @@ class CvT(nn.Module):
     attention_dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, image: Array, *, train: bool) -> Features:

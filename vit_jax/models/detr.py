@@ -14,6 +14,7 @@ from vit_jax.layers.attention import Attention
 from vit_jax.layers.dense import Dense
 from vit_jax.layers.norm import LayerNorm
 from vit_jax.layers.pyramid import nearest
+from vit_jax.layers.remat import recomputed
 from vit_jax.layers.sine import sine_positions
 from vit_jax.layers.transformer import Mlp
 from vit_jax.models.resnet import resnet_50, resnet_101
@@ -165,7 +166,7 @@ class DETR(nn.Module):
       epsilon: of the layer norms.
       dropout: rate after the attentions and the MLPs' layers.
       attention_dropout: rate on the attention weights.
-      remat: recomputes each layer's activations in the backward pass instead of keeping them.
+      remat: what is recomputed of each layer in the backward pass: `layers.remat`.
       dtype: of the computation behind the backbone; parameters stay float32.
     """
 
@@ -181,7 +182,7 @@ class DETR(nn.Module):
     epsilon: float = 1e-5
     dropout: float = 0.1
     attention_dropout: float = 0.1
-    remat: bool = False
+    remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -232,7 +233,7 @@ class DETR(nn.Module):
         def run(module: nn.Module, *arrays: Array | None) -> jax.Array:
             return module(*arrays, train=train)
 
-        run = nn.remat(run) if self.remat else run
+        run = recomputed(run, self.remat)
         x = rearrange(projected, "b h w d -> b (h w) d")
         for i in range(self.encoder_depth):
             x = run(EncoderLayer(**layer, name=f"encoder_{i}"), x, position, mask)

@@ -151,7 +151,7 @@ class Decoder(nn.Module):
     epsilon: float = 1e-6
     activation: str = "gelu"
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(
@@ -234,7 +234,7 @@ class MAE(nn.Module):
       decoder_hidden: width of their MLPs.
       positions: of the decoder: "sincos", fixed, or "learned", as published files hold them.
       dtype: of the decoder's computation; parameters stay float32.
-      remat: recomputes each of the decoder's blocks in the backward pass.
+      remat: what is recomputed of the decoder's blocks in the backward pass: `layers.remat`.
     """
 
     backbone: nn.Module
@@ -245,7 +245,7 @@ class MAE(nn.Module):
     decoder_hidden: int = 2048
     positions: str = "sincos"
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, image: Array, patch_mask: Array | None = None, *, train: bool) -> jax.Array:

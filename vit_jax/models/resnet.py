@@ -104,7 +104,7 @@ class ResNet(nn.Module):
         DETR's "DC5"; the first block of that stage does not, as in the published networks.
       momentum: what a training step keeps of the running statistics.
       epsilon: of the norms.
-      remat: recomputes each block's activations in the backward pass instead of keeping them.
+      remat: what is recomputed of each block in the backward pass: `layers.remat`.
       dtype: of the computation; parameters stay float32.
     """
 
@@ -115,7 +115,7 @@ class ResNet(nn.Module):
     dilation: int = 1
     momentum: float = 0.9
     epsilon: float = 1e-5
-    remat: bool = False
+    remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact

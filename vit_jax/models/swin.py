@@ -12,6 +12,7 @@ from vit_jax.layers import windows
 from vit_jax.layers.attention import Attention
 from vit_jax.layers.dense import Dense
 from vit_jax.layers.norm import LayerNorm
+from vit_jax.layers.remat import recomputed
 from vit_jax.layers.rows import keep_rows
 from vit_jax.layers.transformer import DropPath, Mlp, apply_blocks, drop_path_rates
 
@@ -135,14 +136,15 @@ class SwinStage(nn.Module):
       block: makes a block from `shifted` and `name`.
       merge: makes the patch merging from `name`; None leaves the map as large as it is.
       scan: compiles one pair of blocks and loops over it, where their number is even.
-      remat: recomputes activations in the backward pass: of each block, or each scanned pair.
+      remat: what is recomputed in the backward pass, of each block, or each scanned pair:
+        `layers.remat`.
     """
 
     rates: tuple[float, ...]
     block: Callable[..., nn.Module]
     merge: Callable[..., nn.Module] | None
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> jax.Array:
@@ -159,7 +161,7 @@ class SwinStage(nn.Module):
             def run(block: SwinBlock, x: jax.Array, rate: float = rate) -> jax.Array:
                 return block(x, rate, train=train)
 
-            run = nn.remat(run) if self.remat else run
+            run = recomputed(run, self.remat)
             x = keep_rows(run(self.block(shifted=i % 2 == 1, name=f"block_{i}"), keep_rows(x)))
         return x
 
@@ -198,7 +200,7 @@ class Swin(nn.Module):
         pre-training by hidden patches reads it.
       dtype: of the computation; parameters stay float32.
       scan: compiles one pair of blocks per stage and loops over it.
-      remat: recomputes activations in the backward pass instead of keeping them.
+      remat: what is recomputed of each block in the backward pass: `layers.remat`.
     """
 
     width: int = 96
@@ -216,7 +218,7 @@ class Swin(nn.Module):
     norm_map: bool = False
     dtype: jnp.dtype = jnp.float32
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(

@@ -133,7 +133,7 @@ class SwinV2(nn.Module):
       norm_map: as of `Swin`.
       dtype: of the computation; parameters stay float32.
       scan: compiles one pair of blocks per stage and loops over it.
-      remat: recomputes activations in the backward pass instead of keeping them.
+      remat: what is recomputed of each block in the backward pass: `layers.remat`.
     """
 
     width: int = 96
@@ -152,7 +152,7 @@ class SwinV2(nn.Module):
     norm_map: bool = False
     dtype: jnp.dtype = jnp.float32
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(

@@ -86,7 +86,7 @@ class ViT(nn.Module):
       stem_source: whose epsilons the CNN has, a name of `layers.residual.SOURCES`.
       dtype: of the computation; parameters stay float32.
       scan: compiles one block and loops over it.
-      remat: recomputes each block's activations in the backward pass instead of keeping them.
+      remat: what is recomputed of each block in the backward pass: `layers.remat`.
     """
 
     patch: int = 16
@@ -117,7 +117,7 @@ class ViT(nn.Module):
     stem_source: str = "google"
     dtype: jnp.dtype = jnp.float32
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(
