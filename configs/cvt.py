@@ -1,7 +1,7 @@
 """CvT: Wu et al. 2021, "Introducing Convolutions to Vision Transformers" (arXiv:2103.15808).
 
     python -m vit_jax.main --config=configs/cvt.py            the digits: `make train`
-    python -m vit_jax.main --config=configs/cvt.py:cifar10    10 epochs of CIFAR-10
+    python -m vit_jax.main --config=configs/cvt.py:cifar10    7 epochs of CIFAR-10
     python -m vit_jax.main --config=configs/cvt.py:imagenet   CvT-13 as the paper trained it
 
 Numbers: README.md and experiments/cifar10. ImageNet: 81.6 % for CvT-13 in the paper; ours not run.

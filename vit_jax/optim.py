@@ -331,7 +331,7 @@ def _muon(
 ) -> optax.GradientTransformation:
     """Muon for matrices and convolutions, Adam for all else; before weight decay and the rate."""
     labels = jax.tree.map(
-        lambda matrix, conv: "matrices" if matrix else "convolutions" if conv else "adam",
+        lambda matrix, conv: "muon" if matrix else "convolutions" if conv else "adam",
         matrices,
         convolutions,
     )
@@ -354,7 +354,10 @@ def _muon(
         return optax.chain(muon, optax.stateless(lambda u, _: jax.tree.map(scaled, u)))
 
     adam = optax.scale_by_adam(spec["b1"], spec["b2"], spec["epsilon"])
-    return optax.partition({"matrices": turned(1), "convolutions": turned(3), "adam": adam}, labels)
+    parts = {"muon": turned(1), "adam": adam}
+    if any(jax.tree.leaves(convolutions)):  # else the state is that of runs from before there were
+        parts["convolutions"] = turned(3)
+    return optax.partition(parts, labels)
 
 
 def names(tree: Tree) -> list[str]:
