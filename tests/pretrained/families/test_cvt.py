@@ -119,6 +119,7 @@ def test_settings_that_are_not_here_are_refused(setting, said):
 @pytest.mark.parametrize(
     ("fields", "classes", "said"),
     [
+        ({"activation": "gelu", "embed_depths": (2, 1, 1)}, 5, r"embed_depths=\(2, 1, 1\)"),
         ({}, 5, "activation='quick_gelu': transformers' CvT always has 'gelu'"),
         ({"activation": "gelu", "epsilon": 1e-6}, 5, "epsilon=1e-06"),
         ({"activation": "gelu"}, 0, "no head, no norm"),

@@ -131,6 +131,11 @@ def to_hf(backbone: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
     for name, wanted in (("activation", "gelu"), ("epsilon", 1e-5)):
         if backbone[name] != wanted:
             raise ConfigError(f"{name}={backbone[name]!r}: transformers' CvT always has {wanted!r}")
+    if any(depth != 1 for depth in backbone["embed_depths"]):
+        depths = tuple(backbone["embed_depths"])
+        raise ConfigError(
+            f"embed_depths={depths}: transformers' CvT embeds by one convolution each"
+        )
     if not num_classes:
         raise ConfigError("transformers' CvT has its last norm in the classifier: no head, no norm")
     stages = len(backbone["widths"])
