@@ -56,7 +56,7 @@ def tiny(config):
 
 
 def cifar10(config):
-    """Maps of 16x16, 8x8 and 4x4; attention on the last two; about 25 minutes of two CPU cores.
+    """Maps of 16x16, 8x8 and 4x4; attention on the last two; about 33 minutes of two CPU cores.
 
     Each embedding is two or three convolutions: in few epochs they learn faster than attention.
     """
