@@ -24,7 +24,7 @@ def get_config(recipe: str = "digits"):
     )
 
 
-def small(config, kernels, strides, paddings, widths, depths, heads):
+def small(config, kernels, strides, paddings, widths, depths, heads, **fields):
     """A CvT for small pictures: the first embedding has a smaller kernel and stride."""
     common.classifier(
         config,
@@ -36,6 +36,7 @@ def small(config, kernels, strides, paddings, widths, depths, heads):
         depths=depths,
         heads=heads,
         mlp_ratio=2.0,
+        **fields,
     )
 
 
@@ -61,9 +62,8 @@ def cifar10(config):
     Each embedding is two or three convolutions: in few epochs they learn faster than attention.
     """
     common.cifar10(config, padding=2)
-    small(config, (3, 3, 3), (2, 2, 2), (1, 1, 1), (48, 96, 192), (0, 1, 2), (1, 2, 4))
-    with config.unlocked():
-        config.model.backbone.embed_depths = (3, 3, 2)
+    stages = (3, 3, 3), (2, 2, 2), (1, 1, 1), (48, 96, 192), (0, 1, 2), (1, 2, 4)
+    small(config, *stages, embed_depths=(3, 3, 2))
     common.muon(config)
     config.optimizer.muon_convolutions = True
     config.batch_size, config.epochs, config.learning_rate = 128, 7.0, 6e-3

@@ -35,7 +35,7 @@ def test_remat_is_a_switch_or_the_name_of_what_is_kept(said, kept):
     for name in ("vit", "clip", "masked"):
         line = [f"--config=configs/{name}.py", f"--config.model.backbone.remat={said}"]
         model = main.parse(line)[0]["model"]
-        assert model["backbone"]["remat"] is kept or model["backbone"]["remat"] == kept
+        assert model["backbone"]["remat"] == kept
         assert not any(part["remat"] for part in (model, model.get("text", {})) if "remat" in part)
 
 

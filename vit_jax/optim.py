@@ -232,7 +232,7 @@ def make(
         matrices = _inside_blocks(params)
         convolutions = _of_maps(params) if spec["muon_convolutions"] else no_matrix
     together = spec["name"] in ELEMENTWISE
-    # A factor for each scanned layer belongs to one array.
+    # A factor for each scanned layer belongs to one array; so do the axes of a convolution.
     apart = jax.tree.map(
         lambda s, conv: not together or conv or isinstance(s, np.ndarray), scales, convolutions
     )
