@@ -43,7 +43,7 @@ CORE = frozenset(
             "faults",
         ),
         *("interrupt", "keys", "targets", "watchdog", "lock", "broken", "processes", "standin"),
-        *("programs", "worker", "bucket"),
+        *("programs", "worker", "bucket", "children"),
         "data.pipeline",
     }
 )
@@ -56,7 +56,7 @@ LAW = {  # what each part may import of the package, besides itself and `errors`
     "tasks": {"boxes", "contracts"},
     "data": {"contracts"},
     **{part: CORE | {"contracts"} for part in CORE},
-    "data.pipeline": {"data", "contracts"},
+    "data.pipeline": {"data", "contracts", "children"},
     **{p: {*SHELL[i + 1 :], *CORE, "contracts"} for i, p in enumerate(SHELL)},
     "plan": {*SHELL[SHELL.index("plan") + 1 :], *CORE, "contracts", "chips", "hlo"},
     **{

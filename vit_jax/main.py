@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vit_jax import bucket, command, faults, interrupt, keys, programs, targets
+from vit_jax import bucket, children, command, faults, interrupt, keys, programs, targets
 from vit_jax.build import flatten
 from vit_jax.errors import ConfigError, nearest
 
@@ -229,3 +229,5 @@ def _start(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+elif __name__ == "__mp_main__":  # one that reads data begins here, seconds before it has its task
+    children.end_with_parent()

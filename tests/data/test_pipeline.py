@@ -4,7 +4,6 @@ import dataclasses
 import io
 import itertools
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -499,16 +498,3 @@ def test_steps_that_leave_boxes_behind_are_refused():
         train(Objects(), DENSE, mix=MixUpCutMix(3))
     with pytest.raises(DataError, match=r"none of the first 3 pictures.* picture 0: no picture"):
         train(Objects(3, broken=(0, 1, 2)), DENSE)
-
-
-def test_processes_that_read_are_deaf_to_signals_from_their_first_moment():
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    with pipeline._deaf_children():
-        process = subprocess.Popen(["sleep", "60"])
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
-    for number in (signal.SIGINT, signal.SIGTERM):
-        process.send_signal(number)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(0.2)
-    process.kill()
-    process.wait()

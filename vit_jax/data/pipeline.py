@@ -1,20 +1,14 @@
 """From a dataset to batches, by Grain: a batch is a function of the seed and the step alone."""
 
-import ctypes
 import dataclasses
 import importlib
 import inspect
 import itertools
-import multiprocessing
-import os
 import pkgutil
-import signal
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from typing import Any
 
 import cv2
@@ -23,6 +17,7 @@ import numpy as np
 from absl import flags
 
 import vit_jax.data
+from vit_jax import children
 from vit_jax.contracts import Batch, Dataset, Example, Transform
 from vit_jax.data import tfds
 from vit_jax.data import transforms as of_pictures
@@ -556,7 +551,7 @@ def _iterate(batches: _Batches, start: int, ahead: bool, workers: int) -> Iterat
     close = weakref.finalize(iterator, _close, iterator, batches)
     try:
         if workers:
-            with _deaf_children():
+            with children.deaf():
                 first = list(itertools.islice(iterator, workers))
             yield from first
         yield from iterator
@@ -569,29 +564,8 @@ def _close(iterator: grain.DatasetIterator, batches: _Batches) -> None:
     batches.close()
 
 
-@contextmanager
-def _deaf_children() -> Iterator[None]:
-    """Processes started in here never get Ctrl-C or SIGTERM, which a terminal sends to all.
-
-    One that dies of it before `_start_worker` is called leaves the parent waiting for ever. The
-    parent itself still gets them, in another of its threads.
-    """
-    # Where it starts the tracker, Python listens to both signals afterwards.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _start_worker(*_: int) -> None:
     """Leaves signals to the parent, and ends with it even if it is killed."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    parent = multiprocessing.parent_process()
-    if os.getppid() == 1 or (parent is not None and not parent.is_alive()):  # died before that
-        os._exit(1)
+    children.ignore_signals()
+    children.end_with_parent()
     cv2.setNumThreads(0)
