@@ -41,12 +41,12 @@ def small(config, *, depths, features):
 def scenes(config):
     """A small ResNet from scratch, on all 96x96 pixels: its first map is a quarter of them."""
     small(config, depths=(1, 2, 2), features=32)
-    common.segmented_scenes(config, image_size=96, weight=3.0)
+    common.segmented_scenes(config, image_size=96, weight=1.5)
     common.muon(config)
     config.optimizer.muon_convolutions = True
-    config.steps, config.batch_size, config.learning_rate = 5000, 16, 6e-3
+    config.steps, config.batch_size, config.learning_rate = 4500, 16, 6e-3
     config.schedule.warmup_steps = 200
-    config.eval_every = 1000
+    config.eval_every = 1500
 
 
 def tiny(config):
