@@ -66,10 +66,10 @@ def cifar10(config):
     small(config, *stages, embed_depths=(3, 3, 2))
     common.muon(config)
     config.optimizer.muon_convolutions = True
-    config.batch_size, config.epochs, config.learning_rate = 128, 7.0, 6e-3
+    config.batch_size, config.epochs, config.learning_rate = 128, 8.5, 6e-3
     config.schedule.update({"name": "linear", "warmup_epochs": 0.2})
     config.task.label_smoothing = 0.1
-    config.eval_every = 547
+    config.eval_every = 830
 
 
 def folder(config):
