@@ -44,9 +44,9 @@ def scenes(config):
     common.segmented_scenes(config, image_size=96, weight=1.5)
     common.muon(config)
     config.optimizer.muon_convolutions = True
-    config.steps, config.batch_size, config.learning_rate = 4500, 16, 6e-3
+    config.steps, config.batch_size, config.learning_rate = 5200, 16, 6e-3
     config.schedule.warmup_steps = 200
-    config.eval_every = 1500
+    config.eval_every = 1300
 
 
 def tiny(config):
