@@ -94,6 +94,26 @@ def test_the_gradient_is_that_of_the_plain_form():
     chex.assert_trees_all_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_backward_pass_keeps_the_weights_once_and_in_the_dtype_of_the_values(dtype):
+    query, key, value = (jnp.asarray(x, dtype) for x in draw((2, 6, 3, 4), *[(2, 11, 3, 4)] * 2))
+    _, backward = jax.vjp(lambda *x: attend(*x, scale=0.5)[0], query, key, value)
+    kept = [x.dtype for x in jax.tree.leaves(backward) if x.size == 2 * 3 * 6 * 11]
+    assert kept == [dtype]
+
+
+def test_gradients_in_bfloat16_are_those_of_float32_but_for_its_rounding():
+    drawn = draw((2, 6, 3, 4), *[(2, 11, 3, 4)] * 2, (2, 6, 3, 4))
+
+    def gradients(dtype):
+        query, key, value, given = (jnp.asarray(x, dtype) for x in drawn)
+        _, backward = jax.vjp(lambda *x: attend(*x, scale=0.5)[0], query, key, value)
+        return [np.asarray(x, np.float32) for x in backward(given)]
+
+    for got, wanted in zip(gradients(jnp.bfloat16), gradients(jnp.float32), strict=True):
+        assert np.abs(got - wanted).max() < 2**-6 * np.abs(wanted).max()
+
+
 def test_dropout_drops_weights_and_keeps_their_mean():
     query, key = draw((1, 2, 1, 3), (1, 4, 1, 3))
     value = np.eye(4, dtype=np.float32)[None, :, None]  # the values are then the weights themselves

@@ -1,5 +1,8 @@
 """Scaled dot-product attention: the only softmax(q k) of the project."""
 
+from functools import partial
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -50,13 +53,39 @@ def attend(
         logits = logits + jnp.broadcast_to(bias, logits.shape)
     if mask is not None:
         logits = jnp.where(jnp.broadcast_to(mask, logits.shape), logits, MASKED)
-    peak = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-    weights = jnp.exp(logits - peak)  # [..., A, N, M], not yet normalised
-    total = weights.sum(-1, keepdims=True)
-    kept = weights if dropout is None else dropout(weights)
-    out = jnp.einsum("...nm,...md->...nd", kept.astype(value.dtype), value)
+    # [..., A, N, M], not yet normalised
+    kept, weights, total = _exponentials(logits, value.dtype)
+    kept = kept if dropout is None else dropout(kept)
+    out = jnp.einsum("...nm,...md->...nd", kept, value)
     out = out / total.astype(out.dtype)
     return rearrange(out, "... a n d -> ... n a d"), weights / total
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _exponentials(logits: Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Powers of e, the largest of a row 1: in `dtype`, in float32, and summed up, [..., N, 1].
+
+    The backward pass finds its factor in what the product with the values keeps anyway: by JAX's
+    own rule a computation in bfloat16 would keep the same [N, M] numbers in float32 as well.
+    """
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+    return weights.astype(dtype), weights, weights.sum(-1, keepdims=True)
+
+
+def _exponentials_forward(logits: Array, dtype: jnp.dtype) -> tuple[Any, jax.Array]:
+    found = _exponentials(logits, dtype)
+    return found, found[0]
+
+
+def _exponentials_backward(
+    dtype: jnp.dtype, weights: jax.Array, gradients: tuple[jax.Array, jax.Array, jax.Array]
+) -> tuple[jax.Array]:
+    of_kept, of_weights, of_total = gradients
+    whole = of_kept.astype(jnp.float32) + of_weights + of_total
+    return (weights.astype(jnp.float32) * whole,)
+
+
+_exponentials.defvjp(_exponentials_forward, _exponentials_backward)
 
 
 @flax.struct.dataclass
