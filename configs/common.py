@@ -139,9 +139,26 @@ def classifier(config: ConfigDict, size: str = "", **fields: Any) -> None:
         )
 
 
-def standardize(statistics: dict) -> ConfigDict:
-    """The last transform: to float32 with mean 0 and deviation 1."""
+def standardize(statistics: dict | None) -> ConfigDict:
+    """The last transform: to float32 with mean 0 and deviation 1; None is as in `init`."""
+    if statistics is None:
+        return ConfigDict({"target": "init.standardize"})
     return ConfigDict({"target": "data.transforms.Standardize", **statistics})
+
+
+def model_of_init(config: ConfigDict, target: str) -> None:
+    """The whole model of the checkpoint of `init`, but for the layer that names classes.
+
+    Args:
+      config: changed in place.
+      target: the task that it is for.
+    """
+    with config.unlocked():
+        config.task = ConfigDict({"target": target})
+        config.model = ConfigDict(
+            {"target": "init.model", "num_classes": 0, "dtype": config.get_ref("dtype")}
+        )
+        config.model.backbone = ConfigDict({"dtype": config.get_ref("dtype")})
 
 
 def step(name: str, **arguments) -> ConfigDict:
@@ -203,7 +220,7 @@ def finetune(config: ConfigDict) -> None:
     config.train.transforms = (
         step("RandomResizedCrop", size=size, scale=(0.35, 1.0), interpolation="bicubic"),
         step("RandomFlip"),
-        ConfigDict({"target": "init.standardize"}),
+        standardize(None),
     )
     config.eval.transforms = (ConfigDict({"target": "init.preprocessing"}),)
     classifier(config, target="init.backbone", image_size=size)
@@ -299,7 +316,7 @@ def segments(
     short: int,
     longest: int,
     shapes: tuple[tuple[int, int], ...],
-    statistics: dict,
+    statistics: dict | None,
     scale: tuple[float, float] = (0.5, 2.0),
 ) -> None:
     """Segmentation: square parts of pictures of any size in training; whole ones in evaluation.
@@ -311,7 +328,7 @@ def segments(
       short: of a whole picture's sides, to which it is resized.
       longest: of the other one, at most, in evaluation.
       shapes: (H, W) of whole pictures' batches.
-      statistics: mean and deviation.
+      statistics: mean and deviation, as of `standardize`.
       scale: least and greatest factor in training.
     """
     config.data.name = data

@@ -2,10 +2,13 @@
 
     python -m vit_jax.main --config=configs/detr.py           digits in scenes of 96x96 pixels
     python -m vit_jax.main --config=configs/detr.py:folder --config.data.data_dir=FOLDER
+    python -m vit_jax.main --config=configs/detr.py:finetune --config.data.data_dir=FOLDER \
+        --config.init=hf:facebook/detr-resnet-50
     python -m vit_jax.main --config=configs/detr.py:bccd --config.data.data_dir=TFDS
     python -m vit_jax.main --config=configs/detr.py:coco --config.data.data_dir=COCO
 
-`folder` takes pictures of one's own in COCO's or VOC's form; `bccd` is 292 microscope pictures.
+`folder` takes pictures of one's own in COCO's or VOC's form, and `finetune` a trained detector as
+well; `bccd` is 292 microscope pictures.
 Numbers: experiments/scenes, experiments/bccd. The paper's 42.0 AP on COCO (R50, 500 epochs) was
 not run here.
 """
@@ -18,9 +21,17 @@ BCCD = {"mean": (0.7370, 0.6970, 0.7148), "std": (0.0613, 0.1024, 0.0761)}
 
 
 def get_config(recipe: str = "scenes"):
-    """The config of a recipe: scenes, folder, bccd, coco or tiny."""
+    """The config of a recipe: scenes, folder, finetune, bccd, coco or tiny."""
     return common.choose(
-        recipe, {"scenes": scenes, "folder": folder, "bccd": bccd, "coco": coco, "tiny": tiny}
+        recipe,
+        {
+            "scenes": scenes,
+            "folder": folder,
+            "finetune": finetune,
+            "bccd": bccd,
+            "coco": coco,
+            "tiny": tiny,
+        },
     )
 
 
@@ -123,8 +134,7 @@ def bccd(config):
 def folder(config):
     """Pictures of one's own in `data.data_dir`, in COCO's or VOC's form, from scratch.
 
-    Classes and the most boxes of a picture come from the data; 100 queries find up to 100. Weights
-    of a published DETR need its own model: the recipe `coco` with --config.init=REF.
+    Classes and the most boxes of a picture come from the data; 100 queries find up to 100.
     """
     config.data.name = "objects"
     pictures(config, height=384, width=384, boxes=-1, statistics=common.IMAGENET)
@@ -132,6 +142,50 @@ def folder(config):
     common.muon(config)
     config.epochs, config.batch_size, config.learning_rate = 300.0, 8, 2e-3
     config.schedule.warmup_epochs = 2.0
+
+
+def finetune(config):
+    """A trained detector on pictures of one's own: --config.init=hf:facebook/detr-resnet-50.
+
+    All of it goes on but the layer that names classes, with the rates of its training, and pictures
+    of 480x640 pixels or so, a third of the published ones: short sides of 384 to 480, and of 480 in
+    evaluation.
+    """
+    config.data.name = "objects"
+    config.image_size = 640
+    pad = common.moving(
+        "Pad", shapes=((480, 640), (640, 480), (640, 640)), boxes=-1, segmentation=False
+    )
+    config.train.transforms = (
+        common.moving("RandomFlip"),
+        common.moving(
+            "ResizeOrCrop",
+            sizes=(384, 416, 448, 480),
+            longest=640,
+            first=(400, 480),
+            part=(320, 480),
+        ),
+        common.standardize(None),
+        pad,
+    )
+    config.eval.transforms = (
+        common.moving("ResizeShortSide", sizes=(480,), longest=640),
+        common.standardize(None),
+        pad,
+    )
+    common.model_of_init(config, "tasks.detection.Detection")
+    published(config)
+    config.batch_size, config.epochs = 8, 50.0
+    config.schedule.warmup_epochs = 1.0
+
+
+def published(config):
+    """The paper's optimizer: section A.4; the backbone learns ten times slower."""
+    config.learning_rate = 1e-4
+    config.optimizer.update({"weight_decay": 1e-4, "clip": 0.1, "no_decay": ""})
+    config.optimizer.decay_1d = True
+    config.optimizer.lr_scale = (("^backbone/", 0.1),)
+    config.schedule.update({"name": "steps", "drops": (0.8,)})
 
 
 def coco(config):
@@ -160,7 +214,6 @@ def coco(config):
                 "dtype": config.get_ref("dtype"),
             }
         )
-        config.optimizer.decay_1d = True
     # Most batches of portraits and landscapes fit the third; 1333 is the longest side there is.
     shapes = ((800, 1344), (1344, 800), (1088, 1088), (1344, 1344))
     pad = common.moving("Pad", shapes=shapes, boxes=100, segmentation=False)
@@ -175,8 +228,6 @@ def coco(config):
         common.standardize(common.IMAGENET),
         pad,
     )
-    config.batch_size, config.epochs, config.learning_rate = 64, 500.0, 1e-4
-    config.optimizer.update({"weight_decay": 1e-4, "clip": 0.1, "no_decay": ""})
-    config.optimizer.lr_scale = (("^backbone/", 0.1),)
+    published(config)
+    config.batch_size, config.epochs = 64, 500.0
     config.optimizer.freeze = "^backbone/(root_conv|stage_1)/"
-    config.schedule.update({"name": "steps", "drops": (0.8,)})

@@ -4,10 +4,13 @@ section 4.3.
 
     python -m vit_jax.main --config=configs/upernet.py        scenes of 96x96 pixels, 13 classes
     python -m vit_jax.main --config=configs/upernet.py:folder --config.data.data_dir=FOLDER
+    python -m vit_jax.main --config=configs/upernet.py:finetune --config.data.data_dir=FOLDER \
+        --config.init=hf:openmmlab/upernet-swin-tiny
     python -m vit_jax.main --config=configs/upernet.py:camvid --config.data.data_dir=TFDS
     python -m vit_jax.main --config=configs/upernet.py:ade20k --config.data.data_dir=TFDS
 
-`folder` takes pictures of one's own with masks; `camvid` is 468 street scenes, 11 classes. From
+`folder` takes pictures of one's own with masks, and `finetune` a trained segmenter as well, a SETR
+too; `camvid` is 468 street scenes, 11 classes. From
 scratch a small ResNet learns faster than a small Swin of the same cost; `ade20k` is on Swin-T.
 `--config.eval.inference.flip=True` and its other keys test by windows, flips and scales.
 Numbers: experiments/scenes, experiments/camvid. The published 44.5 mIoU on ADE20K (Swin-T) was not
@@ -18,10 +21,17 @@ from configs import common
 
 
 def get_config(recipe: str = "scenes"):
-    """The config of a recipe: scenes, folder, camvid, ade20k or tiny."""
+    """The config of a recipe: scenes, folder, finetune, camvid, ade20k or tiny."""
     return common.choose(
         recipe,
-        {"scenes": scenes, "folder": folder, "camvid": camvid, "ade20k": ade20k, "tiny": tiny},
+        {
+            "scenes": scenes,
+            "folder": folder,
+            "finetune": finetune,
+            "camvid": camvid,
+            "ade20k": ade20k,
+            "tiny": tiny,
+        },
     )
 
 
@@ -73,6 +83,28 @@ def folder(config):
     config.schedule.warmup_epochs = 2.0
 
 
+def finetune(config):
+    """A trained segmenter on masks of one's own: --config.init=hf:openmmlab/upernet-swin-tiny.
+
+    All of it goes on but the layers that name classes, with the rates of its training, on squares
+    of 512 pixels out of pictures whose short side is that long.
+    """
+    shapes = ((512, 704), (704, 512), (704, 704), (1024, 1024))
+    sizes = {"crop": 512, "short": 512, "longest": 1024, "shapes": shapes}
+    common.segments(config, "masks", **sizes, statistics=None)
+    common.model_of_init(config, "tasks.segmentation.Segmentation")
+    config.epochs, config.batch_size = 50.0, 8
+    published(config)
+    config.schedule.warmup_epochs = 1.0
+
+
+def published(config):
+    """The published optimizer: AdamW and a line to 0."""
+    config.learning_rate = 6e-5
+    config.optimizer.update({"weight_decay": 0.01, "clip": 0.0})
+    config.schedule.name = "linear"
+
+
 def ade20k(config):
     """UPerNet on Swin-T, ADE20K (`scene_parse150`): Liu et al. 2021, section 4.3; 59,943,398
     parameters, with the auxiliary head.
@@ -83,6 +115,5 @@ def ade20k(config):
     --config.init=hf:timm/swin_tiny_patch4_window7_224.ms_in1k.
     """
     common.ade20k(config, "upernet.upernet_swin_t")
-    config.learning_rate = 6e-5
-    config.optimizer.update({"weight_decay": 0.01, "clip": 0.0})
-    config.schedule.update({"name": "linear", "warmup_steps": 1500})
+    published(config)
+    config.schedule.warmup_steps = 1500

@@ -13,6 +13,7 @@ import pytest
 
 import vit_jax
 from tests.pretrained.families.test_clip import publish, words
+from tests.pretrained.test_dense import model_of
 from vit_jax.models import swin
 from vit_jax.pretrained import hf
 
@@ -132,9 +133,11 @@ def hub(tmp_path_factory):
     """Small models in the place of published ones."""
     clip = publish("clip_tiny", tmp_path_factory.mktemp("hub"))
     words(clip)
+    detr = tmp_path_factory.mktemp("detr")
+    hf.save(model_of("DETR"), detr)
 
     def download(repository, wanted=()):
-        return clip if "clip" in repository else TINY
+        return next((at for n, at in {"clip": clip, "detr": detr}.items() if n in repository), TINY)
 
     return download
 

@@ -5,13 +5,14 @@ import json
 from functools import partial
 
 import chex
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import vit_jax
-from vit_jax import describe, export
+from vit_jax import describe, export, main
 from vit_jax.build import build
 from vit_jax.errors import CheckpointError, ConfigError
 from vit_jax.pretrained import finetune, hf, names
@@ -301,6 +302,69 @@ def test_a_config_takes_the_whole_model_and_the_task_of_its_checkpoint(folder):
     assert config["task"] == {"target": "tasks.detection.Detection", "detections": 5}
     assert config["eval"]["transforms"][0]["target"] == "data.transforms.Standardize"
     build(config["model"] | {"num_classes": 2})
+
+
+WANTED = {"detr": ("DETR", "UPerNet"), "upernet": ("UPerNet", "DETR")}
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_a_recipe_takes_a_model_of_its_own_task_only(name, tmp_path, monkeypatch):
+    config = main.parse([f"--config=configs/{name}.py:finetune", "--config.init=hf:a/b"])[0]
+    task = config["task"]["target"]
+    monkeypatch.setattr(hf, "download", lambda *_: tmp_path)
+    case, other = WANTED[name]
+    hf.save(model_of(other), tmp_path)
+    with pytest.raises(ConfigError, match=f"config.task is {task}: a checkpoint of that task"):
+        finetune.resolve(config)
+    hf.save(model_of(case), tmp_path)
+    finetune.resolve(config)
+    assert (config["model"]["target"], config["model"]["num_classes"]) == (
+        CASES[case][0]["target"],
+        0,
+    )
+    assert all(build(config[part]["transforms"]) for part in ("train", "eval"))
+    build(config["model"] | {"num_classes": 2})
+
+
+def test_a_panoptic_detector_is_a_detector(tmp_path, monkeypatch):
+    config = main.parse(["--config=configs/detr.py:finetune", "--config.init=hf:a/b"])[0]
+    monkeypatch.setattr(hf, "download", lambda *_: tmp_path)
+    hf.save(model_of("panoptic"), tmp_path)
+    finetune.resolve(config)
+    assert config["model"]["target"] == "models.panoptic.DETRPanoptic"
+
+
+@pytest.mark.slow  # half a minute: published sizes of pictures; README's commands do the detector
+def test_a_segmenter_goes_on_with_pictures_of_ones_own(tmp_path, monkeypatch, capsys):
+    published, data, workdir = tmp_path / "published", tmp_path / "data", tmp_path / "run"
+    published.mkdir()
+    hf.save(model_of("UPerNet"), published)
+    masked_pictures(data)
+    monkeypatch.setattr(hf, "download", lambda *_: published)
+    line = ["--config=configs/upernet.py:finetune", "--config.init=hf:a/published"]
+    line += [f"--config.data.data_dir={data}", f"--workdir={workdir}"]
+    line += ["--config.steps=1", "--config.batch_size=2", "--config.eval_every=1"]
+    assert main.main(line) == 0, capsys.readouterr().err
+    told = capsys.readouterr().out
+    assert "miou " in told
+    assert "starts anew: [" in told
+    assert vit_jax.load(workdir).labels == LABELS[:2]
+
+
+def masked_pictures(folder):
+    """Ten pictures of different sizes, with masks."""
+    random = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    (folder / "classes.txt").write_text("\n".join(LABELS[:2]))
+    for i in range(10):
+        height, width = 40 + i, 60 - 3 * i
+        mask = np.zeros((height, width), np.uint8)
+        mask[6:20, 5:15] = 1
+        cv2.imwrite(
+            str(folder / "images" / f"{i}.png"), random.integers(0, 256, (*mask.shape, 3), np.uint8)
+        )
+        cv2.imwrite(str(folder / "masks" / f"{i}.png"), mask)
 
 
 def test_a_backbone_alone_is_no_model_to_take(tmp_path):

@@ -25,6 +25,8 @@ MARK = "init."
 MARKS = ("init.model", "init.backbone", "init.task", "init.preprocessing", "init.standardize")
 # What a config may set for any backbone; one that has no such field goes without.
 OPTIONAL = ("drop_path", "dropout", "attention_dropout", "scan", "remat", "image_size", "norm")
+# Tasks that the models of another one serve as well.
+SERVES = {"tasks.panoptic.Panoptic": ("tasks.detection.Detection",)}
 SHOWN = 6
 
 
@@ -35,7 +37,8 @@ def resolve(config: dict[str, Any]) -> Opened | None:
       The checkpoint, None if the config names none.
 
     Raises:
-      ConfigError: if a part is left to a checkpoint and `init` is empty, or does not exist.
+      ConfigError: if a part is left to a checkpoint and `init` is empty, or does not exist, or a
+        whole model was made for another task.
       CheckpointError: as of `open_checkpoint`.
     """
     marked = _marked(config)
@@ -55,6 +58,7 @@ def resolve(config: dict[str, Any]) -> Opened | None:
             if target == "init.backbone":
                 return _backbone(opened, {k: v for k, v in spec.items() if k != TARGET})
             if target == "init.model":
+                _check_task(opened, config["task"])
                 return _model(opened, {k: v for k, v in spec.items() if k != TARGET})
             if target == "init.task":
                 return dict(opened.recipe.task) | {k: v for k, v in spec.items() if k != TARGET}
@@ -102,6 +106,16 @@ def _backbone(opened: Opened, fields: dict[str, Any]) -> dict[str, Any]:
             continue
         spec[name] = value
     return spec
+
+
+def _check_task(opened: Opened, task: Mapping[str, Any]) -> None:
+    """A whole model serves the task that it was made for."""
+    theirs, ours = opened.recipe.task[TARGET], task[TARGET]
+    if ours not in (theirs, "init.task", *SERVES.get(theirs, ())):
+        raise ConfigError(
+            f"config.init={opened.ref} is a model for {theirs}, and config.task is {ours}: a "
+            "checkpoint of that task was wanted"
+        )
 
 
 def _model(opened: Opened, fields: dict[str, Any]) -> dict[str, Any]:
