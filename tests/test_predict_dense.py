@@ -1,11 +1,14 @@
 """What `predict` says where there are places: objects, segments and classes of pixels."""
 
 import csv
+import dataclasses
 import io
 import json
 from types import SimpleNamespace
 
 import cv2
+import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -290,3 +293,63 @@ def test_what_is_larger_than_the_run_knows_is_an_error_of_that_picture():
     pad = {"target": "data.geometry.Pad", "shapes": [[8, 8]]}
     with pytest.raises(DataError, match="which was trained on at most 8 x 8"):
         Preprocessing((SHORT[1], pad)).shape((9, 4))
+
+
+class Halves(nn.Module):
+    """A segmenter that sees "left" and "right" wherever it looks."""
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        H, W = image.shape[1:3]
+        left = jnp.broadcast_to(jnp.arange(W) < W / 2, (len(image), H, W))
+        return 5.0 * jnp.stack([left, ~left], -1)
+
+
+def halves(**inference):
+    task = {"target": "tasks.segmentation.Segmentation"}
+    recipe = Recipe("ours", {}, names.Ours(), 2, task=task, inference=inference)
+    return load.Loaded(Halves(), {}, Preprocessing(SQUARE), ("left", "right"), "a test", recipe)
+
+
+def columns(loaded, width=48):
+    """The classes of a row of pixels."""
+    return np.asarray(loaded(image=np.zeros((1, 32, width, 3), np.float32))[0, 5].argmax(-1))
+
+
+def test_a_segmenter_is_asked_by_windows_and_mirrored_as_its_run_was_or_as_it_is_told():
+    windows = np.tile(np.repeat([0, 1], 8), 3)
+    np.testing.assert_array_equal(columns(halves()), np.repeat([0, 1], 24))
+    np.testing.assert_array_equal(columns(halves().averaged(window=16, stride=16)), windows)
+    run = halves(target="tasks.inference.Averaged", window=16, stride=16)
+    np.testing.assert_array_equal(columns(run.averaged()), windows)
+    np.testing.assert_array_equal(columns(run.averaged(window=0, stride=0)), np.repeat([0, 1], 24))
+    mirrored = halves().averaged(flip=True)(image=np.zeros((1, 32, 48, 3), np.float32))
+    np.testing.assert_allclose(mirrored, np.log(0.5), rtol=1e-5)
+
+
+def test_windows_of_the_command_line_and_of_the_run_reach_the_masks(folder, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        load.Loaded, "averaged", lambda self, **how: asked.append(how) or self, raising=True
+    )
+    for model, argv in (
+        (halves(), ()),
+        (halves(), ("--window=16", "--flip", "--scales=0.5,1")),
+        (halves(window=16), ("--no-flip",)),
+        (halves(window=16), ()),
+    ):
+        assert run(model, monkeypatch, folder, f"--output={tmp_path}/out.csv", *argv) == 0
+    assert asked == [{"window": 16, "flip": True, "scales": (0.5, 1.0)}, {"flip": False}, {}]
+
+
+def test_what_is_no_segmenter_has_no_windows(folder, monkeypatch, capsys):
+    loaded = halves()
+    task = {"target": "tasks.detection.Detection"}
+    loaded = dataclasses.replace(loaded, recipe=dataclasses.replace(loaded.recipe, task=task))
+    assert run(loaded, monkeypatch, folder, "--window=16") == 2
+    assert "a test is no segmenter: windows, mirrored" in capsys.readouterr().err
+    assert run(halves(), monkeypatch, folder, "--window=-1") == 2
+    assert "window=-1 and stride=0 must be at least 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(halves(), monkeypatch, folder, "--scales=large")
+    assert "wanted numbers such as 0.75,1,1.25" in capsys.readouterr().err

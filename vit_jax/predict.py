@@ -23,6 +23,7 @@ probabilities, objects with boxes, the share of each class of pixels, or segment
   python -m vit_jax.predict --checkpoint=my_model.safetensors my_pictures --sheet=guesses.png
   python -m vit_jax.predict --checkpoint=runs/detr my_pictures --threshold=0.7 --draw=drawn
   python -m vit_jax.predict --checkpoint=runs/detr my_pictures --threshold=0 --output=coco.json
+  python -m vit_jax.predict --checkpoint=runs/upernet streets --window=512 --flip --draw=drawn
 
 A model of pictures and texts, such as CLIP, is told what to look for:
 
@@ -126,6 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--search", metavar="TEXT", help="rank the pictures by it, and draw the nearest on a sheet")
     add("--top", type=int, help="classes, objects, or pictures of a search (default 5, 100, 20)")
     add("--beam", type=int, help="sentences that a captioner follows at once (default 1)")
+    add("--window", type=int, metavar="PIXELS", help="a segmenter is asked by such squares; 0: not")
+    add("--flip", action=argparse.BooleanOptionalAction, help="and mirrored, the mean of both")
+    add("--scales", type=_numbers, metavar="0.75,1,1.25", help="and so resized, the mean of all")
     add("--threshold", type=float, help="probability from which an object is told")
     add("--format", choices=["table", "json", "csv"], help="default: of OUTPUT's name, or table")
     add("--output", type=Path, metavar="FILE", help="instead of the terminal")
@@ -136,6 +140,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--image_size", type=int, help="pixels, where not the checkpoint's own")
     add("--threads", type=int, default=2, help="that read pictures (default 2)")
     return parser
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """Of a command line: 0.75,1,1.25."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        message = f"{text!r}: wanted numbers such as 0.75,1,1.25"
+        raise argparse.ArgumentTypeError(message) from error
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -180,6 +193,10 @@ def main(argv: list[str] | None = None) -> int:
             _say(f"note: {remark}")
         from vit_jax import found, pictures, zero_shot
 
+        how = {name: getattr(options, name) for name in ("window", "flip", "scales")}
+        how = {name: value for name, value in how.items() if value is not None}
+        if how or loaded.recipe.inference:
+            loaded = loaded.averaged(**how)
         if options.beam:
             loaded = loaded.writing(options.beam)
         if zero_shot.reads_texts(loaded) or options.captions or options.search:

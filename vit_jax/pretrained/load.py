@@ -16,6 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from vit_jax import bucket, programs, step
+from vit_jax.build import TARGET, build
 from vit_jax.contracts import Array, Outputs
 from vit_jax.data.text import FILE, Tokenizer, open_tokenizer
 from vit_jax.errors import CheckpointError, ConfigError
@@ -24,6 +25,7 @@ from vit_jax.pretrained.opened import Opened, refuse
 from vit_jax.pretrained.preprocess import Preprocessing
 from vit_jax.pretrained.recipe import Recipe
 
+SEGMENTATION, AVERAGED = "tasks.segmentation.Segmentation", "tasks.inference.Averaged"
 logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
 KINDS = (
@@ -124,6 +126,23 @@ class Loaded:
         if beams == self.module.beams:
             return self
         return dataclasses.replace(self, module=self.module.clone(beams=beams))
+
+    def averaged(self, **how: Any) -> "Loaded":
+        """The same segmenter, asked by windows, mirrored or at several scales.
+
+        Args:
+          **how: fields of `vit_jax.tasks.inference.Averaged`; those that are not given are as in
+            the run that it comes from.
+
+        Raises:
+          ConfigError: if the model is no segmenter, or a number cannot be.
+        """
+        if self.recipe.task[TARGET] != SEGMENTATION:
+            raise ConfigError(
+                f"{self.source} is no segmenter: windows, mirrored pictures and scales are for one"
+            )
+        spec = {TARGET: AVERAGED} | dict(self.recipe.inference) | how
+        return dataclasses.replace(self, module=build(spec, model=self.module))
 
     def caption(self, pictures: Any, beams: int | None = None) -> list[tuple[str, float]]:
         """Pictures, as `preprocess` takes them -> a sentence about each, and its probability.

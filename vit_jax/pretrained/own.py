@@ -82,4 +82,5 @@ def _recipe(model: dict[str, Any], config: dict[str, Any]) -> Recipe:
         task=config["task"],
         inputs={"tokens": ((text[0]["length"],), "int32")} if text else {},
         beside=tuple(s for s in config["eval"]["transforms"] if s["target"] == HIDE),
+        inference=dict(config["eval"].get("inference", {})),
     )

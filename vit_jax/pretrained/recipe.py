@@ -24,6 +24,7 @@ class Recipe:
         the dtype, {"tokens": ((77,), "int32")}.
       beside: specs of transforms that add, to a prepared picture, what the model is asked with by
         `predict`: which patches are hidden.
+      inference: as what a segmenter was evaluated: a spec such as `vit_jax.tasks.inference`'s.
       remarks: what was assumed, for a person.
     """
 
@@ -40,4 +41,5 @@ class Recipe:
     )
     inputs: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
     beside: tuple[dict[str, Any], ...] = ()
+    inference: dict[str, Any] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
