@@ -41,11 +41,12 @@ def small(config, *, auxiliary=True, **backbone):
 
 
 def scenes(config):
-    """A small ViT with the PUP decoder, from scratch; 64 tokens."""
-    small(config, auxiliary=False, width=64, taps=(3,))
-    common.segmented_scenes(config, image_size=64, weight=8.0)
+    """A small hybrid ViT with the PUP decoder, from scratch; 144 tokens of 8x8 pixels."""
+    small(config, auxiliary=False, stem=(1,), stem_width=32, patch=2, taps=(3,))
+    common.segmented_scenes(config, image_size=96, weight=2.0)
     common.muon(config)
-    config.steps, config.batch_size, config.learning_rate = 5500, 16, 3e-3
+    config.optimizer.muon_convolutions = True
+    config.steps, config.batch_size, config.learning_rate = 4400, 16, 4e-3
     config.schedule.warmup_steps = 200
     config.eval_every = 1100
 
