@@ -75,16 +75,15 @@ def small(config, *, queries, width, **backbone):
 
 
 def scenes(config):
-    """A small DETR: 12 queries, 64 tokens.
-
-    The backbone is that of SETR's recipe: --config.init=runs/setr-scenes starts from what it has
-    learned.
-    """
+    """A small DETR from scratch: 12 queries, 64 tokens of a ViT behind the root of a ResNet."""
     common.scenes(config, boxes=4, stuff="none", image_size=64)
-    small(config, queries=12, width=64, patch=8, depth=4, positions="learned")
-    config.steps, config.batch_size, config.learning_rate = 14_000, 16, 1e-3
+    hybrid = {"stem": (), "stem_width": 32, "patch": 2, "positions": "learned"}
+    small(config, queries=12, width=64, depth=4, **hybrid)
+    common.muon(config)
+    config.optimizer.muon_convolutions = True
+    config.steps, config.batch_size, config.learning_rate = 22_000, 16, 2e-3
     config.schedule.warmup_steps = 200
-    config.eval_every = 2000
+    config.eval_every = 2200
 
 
 def tiny(config):

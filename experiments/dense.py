@@ -43,7 +43,6 @@ STUDIES = {
         "setr": Trained("setr.py", SEGMENTED),
         "upernet": Trained("upernet.py", SEGMENTED),
         "detr": Trained("detr.py", DETECTED),
-        "detr-from-setr": Trained("detr.py", DETECTED, start="setr"),
     },
     "bccd": {"detr": Trained("detr.py:bccd", DETECTED)},
     "camvid": {
