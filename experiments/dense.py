@@ -35,7 +35,6 @@ class Trained:
     config: str
     shown: tuple[str, ...]
     changes: tuple[str, ...] = ()
-    start: str = ""  # the study's run that it starts from
 
 
 STUDIES = {
@@ -60,7 +59,6 @@ TITLES = {
 def train(run: Trained, workdir: Path, data_dir: Path | None) -> dict:
     """Trains one config; what it reached and how long it took."""
     command = [sys.executable, "-m", "vit_jax.main", f"--config=configs/{run.config}"]
-    command += [f"--config.init={workdir.parent / run.start}"] * bool(run.start)
     command += [f"--config.data.data_dir={data_dir}"] * (data_dir is not None)
     command += [*run.changes, f"--workdir={workdir}"]
     began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)

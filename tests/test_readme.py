@@ -69,7 +69,6 @@ PROGRAM = re.compile(r"python -m vit_jax\.(\w+) ")
 STARTS = {
     "runs/vit-finetune": "configs/vit.py:finetune",
     "runs/detr-folder": "configs/detr.py:folder",
-    "runs/setr-scenes": "configs/setr.py",
     "runs/masked": "configs/masked.py",
     "runs/clip-scenes": "configs/clip.py",
     "runs/captioner-scenes": "configs/captioner.py",
