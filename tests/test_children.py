@@ -1,5 +1,6 @@
 """Processes that a run starts: what they hear, and how they end."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -16,13 +17,17 @@ ENDS_WHILE_STARTING = """
 import importlib.util, multiprocessing, os, sys, threading, time
 from multiprocessing import resource_tracker
 from tests import chaos
-from vit_jax import interrupt, train
+from vit_jax import children, interrupt, train
+
+def start():
+    with children.starting():
+        child.start()
 
 sys.modules["__main__"].__spec__ = importlib.util.find_spec("vit_jax.main")
 resource_tracker.ensure_running()
 tracker = set(chaos.descendants(os.getpid()))
 child = multiprocessing.get_context("spawn").Process(target=train.train, args=(bytes(10**7),))
-threading.Thread(target=child.start, daemon=True).start()
+threading.Thread(target=start, daemon=True).start()
 while not (started := set(chaos.descendants(os.getpid())) - tracker):
     time.sleep(0.001)
 time.sleep(0.1)
@@ -45,9 +50,19 @@ def test_a_process_that_is_being_started_ends_with_its_parent(tmp_path):
     assert time.monotonic() - began < 2  # its imports alone take longer
 
 
+@pytest.mark.parametrize(("parent", "status"), [(None, 0), ("own", 0), ("999999999", 1)])
+def test_a_process_of_another_parent_than_it_was_started_by_ends(parent, status):
+    source = "from vit_jax import children; children.end_with_parent()"
+    environment = {k: v for k, v in os.environ.items() if k != children.PARENT}
+    if parent:
+        environment[children.PARENT] = str(os.getpid()) if parent == "own" else parent
+    done = subprocess.run([sys.executable, "-c", source], env=environment, cwd=chaos.ROOT)
+    assert done.returncode == status
+
+
 def test_processes_that_read_are_deaf_to_signals_from_their_first_moment():
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    with children.deaf():
+    with children.starting():
         process = subprocess.Popen(["sleep", "60"])
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,7 +1,6 @@
 """Processes that this one starts by `multiprocessing`: deaf to signals, and gone when it is."""
 
 import ctypes
-import multiprocessing
 import os
 import signal
 import sys
@@ -10,21 +9,24 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
 SIGNALS = signal.SIGINT, signal.SIGTERM
+PARENT = "VIT_JAX_PARENT"  # variable of the environment: whose child a process is to be
 
 
 @contextmanager
-def deaf() -> Iterator[None]:
-    """Processes started in here never get Ctrl-C or SIGTERM, which a terminal sends to all.
+def starting() -> Iterator[None]:
+    """Processes started in here know their parent, and never get Ctrl-C or SIGTERM.
 
-    One that dies of it before it calls `ignore_signals` leaves the parent waiting for ever. The
-    parent itself still gets them, in another of its threads.
+    A terminal sends these to all. One that dies of it before it calls `ignore_signals` leaves the
+    parent waiting for ever. The parent itself still gets them, in another of its threads.
     """
     # Where it starts the tracker, Python listens to both signals afterwards.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, set(SIGNALS))
+    os.environ[PARENT] = str(os.getpid())
     try:
         yield
     finally:
+        os.environ.pop(PARENT, None)  # another thread may have been as far
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
@@ -38,6 +40,6 @@ def end_with_parent() -> None:
     """Has this process killed as soon as the one that started it is gone, however that ended."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    parent = multiprocessing.parent_process()
-    if os.getppid() == 1 or (parent is not None and not parent.is_alive()):  # gone before that
+    # It may be gone before that. Process 1 tells nothing: in a container it may be the parent.
+    if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
         os._exit(1)

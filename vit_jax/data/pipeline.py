@@ -551,7 +551,7 @@ def _iterate(batches: _Batches, start: int, ahead: bool, workers: int) -> Iterat
     close = weakref.finalize(iterator, _close, iterator, batches)
     try:
         if workers:
-            with children.deaf():
+            with children.starting():
                 first = list(itertools.islice(iterator, workers))
             yield from first
         yield from iterator
