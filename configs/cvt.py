@@ -1,7 +1,7 @@
 """CvT: Wu et al. 2021, "Introducing Convolutions to Vision Transformers" (arXiv:2103.15808).
 
     python -m vit_jax.main --config=configs/cvt.py            the digits: `make train`
-    python -m vit_jax.main --config=configs/cvt.py:cifar10    7 epochs of CIFAR-10
+    python -m vit_jax.main --config=configs/cvt.py:cifar10    8.5 epochs of CIFAR-10
     python -m vit_jax.main --config=configs/cvt.py:imagenet   CvT-13 as the paper trained it
 
 Numbers: README.md and experiments/cifar10. ImageNet: 81.6 % for CvT-13 in the paper; ours not run.
@@ -57,7 +57,7 @@ def tiny(config):
 
 
 def cifar10(config):
-    """Maps of 16x16, 8x8 and 4x4; attention on the last two; about 33 minutes of two CPU cores.
+    """Maps of 16x16, 8x8 and 4x4; attention on the last two; 25 to 40 minutes of two CPU cores.
 
     Each embedding is two or three convolutions: in few epochs they learn faster than attention.
     """

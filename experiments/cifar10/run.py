@@ -48,7 +48,8 @@ def plot(results: dict[str, dict], file: Path) -> None:
         rows, minutes = result["curve"], result["processor_seconds"] / 60
         x = [minutes * r["step"] / rows[-1]["step"] for r in rows]
         y = [100 * r["accuracy"] for r in rows]
-        label = f"{name}: {y[-1]:.1f} % in {minutes:.0f} min, {rows[-1]['epoch']:.0f} epochs"
+        epochs = round(rows[-1]["epoch"], 1)
+        label = f"{name}: {y[-1]:.1f} % in {minutes:.1f} min, {epochs:g} epochs"
         axes.plot(x, y, "o-", color=COLORS[name], label=label)
     axes.plot(MINUTES, 100 * REBUILT, "kx", label=f"notebook, rebuilt in Keras: {REBUILT:.2%}")
     axes.axhline(100 * NOTEBOOK, color="0.5", ls="--", label=f"notebook's text: {NOTEBOOK:.2%}")
