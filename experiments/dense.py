@@ -91,7 +91,7 @@ def plot(study: str, results: dict[str, dict], file: Path) -> None:
             axes.plot(x, y, LINES[key], marker="o", color=color, label=label)
     axes.set(xlabel="step", ylabel=held_out, ylim=(0, 1), title=title)
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper right")
+    axes.legend(loc="best")
     figure.savefig(file, dpi=120)
 
 
