@@ -423,10 +423,16 @@ def tiny(config: ConfigDict) -> None:
     config.eval_every = config.checkpoint_every = 2
 
 
-def muon(config: ConfigDict) -> None:
-    """Muon instead of AdamW: in a run of few epochs it learns about twice as fast."""
+def muon(config: ConfigDict, convolutions: bool = False) -> None:
+    """Muon instead of AdamW: in a run of few epochs it learns about twice as fast.
+
+    Args:
+      config: changed in place.
+      convolutions: whether their kernels are turned too.
+    """
     config.optimizer.name = "muon"
     config.optimizer.momentum = 0.95
+    config.optimizer.muon_convolutions = convolutions
 
 
 def choose(recipe: str, recipes: dict[str, Callable[[ConfigDict], None]]) -> ConfigDict:

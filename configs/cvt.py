@@ -64,8 +64,7 @@ def cifar10(config):
     common.cifar10(config, padding=2)
     stages = (3, 3, 3), (2, 2, 2), (1, 1, 1), (48, 96, 192), (0, 1, 2), (1, 2, 4)
     small(config, *stages, embed_depths=(3, 3, 2))
-    common.muon(config)
-    config.optimizer.muon_convolutions = True
+    common.muon(config, convolutions=True)
     config.batch_size, config.epochs, config.learning_rate = 128, 8.5, 6e-3
     config.schedule.update({"name": "linear", "warmup_epochs": 0.2})
     config.task.label_smoothing = 0.1

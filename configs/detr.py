@@ -79,8 +79,7 @@ def scenes(config):
     common.scenes(config, boxes=4, stuff="none", image_size=64)
     hybrid = {"stem": (), "stem_width": 32, "patch": 2, "positions": "learned"}
     small(config, queries=12, width=64, depth=4, **hybrid)
-    common.muon(config)
-    config.optimizer.muon_convolutions = True
+    common.muon(config, convolutions=True)
     config.steps, config.batch_size, config.learning_rate = 22_000, 16, 2e-3
     config.schedule.warmup_steps = 200
     config.eval_every = 2200
@@ -95,23 +94,27 @@ def tiny(config):
     config.model.backbone.update({"width": 16, "depth": 1, "heads": 2})
 
 
-def pictures(config, *, height, width, boxes, statistics):
-    """Pictures of any size, resized within (height, width); parts and mirrored ones in training."""
+def pictures(config, *steps, shapes, short, longest, boxes, statistics):
+    """Pictures of any size, padded to one of `shapes`; mirrored, and by `steps`, in training."""
+    standardize = common.standardize(statistics)
+    pad = common.moving("Pad", shapes=shapes, boxes=boxes, segmentation=False)
+    config.train.transforms = (common.moving("RandomFlip"), *steps, standardize, pad)
+    resize = common.moving("ResizeShortSide", sizes=(short,), longest=longest)
+    config.eval.transforms = (resize, standardize, pad)
+
+
+def within(config, height, width, *, boxes, statistics):
+    """Pictures of any size, resized within (height, width); parts of them in training."""
     config.image_size = width
-    pad = common.moving("Pad", shapes=((height, width),), boxes=boxes, segmentation=False)
-    config.train.transforms = (
-        common.moving("RandomFlip"),
-        common.moving(
-            "ScaleJitterCrop", size=(height, width), scale=(0.8, 1.4), short=height, longest=width
-        ),
+    sides = {"short": height, "longest": width}
+    pictures(
+        config,
+        common.moving("ScaleJitterCrop", size=(height, width), scale=(0.8, 1.4), **sides),
         common.step("ColorJitter", brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02),
-        common.standardize(statistics),
-        pad,
-    )
-    config.eval.transforms = (
-        common.moving("ResizeShortSide", sizes=(height,), longest=width),
-        common.standardize(statistics),
-        pad,
+        shapes=((height, width),),
+        **sides,
+        boxes=boxes,
+        statistics=statistics,
     )
 
 
@@ -122,7 +125,7 @@ def bccd(config):
     two CPU cores.
     """
     config.data.name = "bccd"
-    pictures(config, height=240, width=320, boxes=40, statistics=BCCD)
+    within(config, 240, 320, boxes=40, statistics=BCCD)
     small(config, queries=40, width=96, patch=16, depth=4)
     common.muon(config)
     config.steps, config.batch_size, config.learning_rate = 10_000, 8, 2e-3
@@ -136,7 +139,7 @@ def folder(config):
     Classes and the most boxes of a picture come from the data; 100 queries find up to 100.
     """
     config.data.name = "objects"
-    pictures(config, height=384, width=384, boxes=-1, statistics=common.IMAGENET)
+    within(config, 384, 384, boxes=-1, statistics=common.IMAGENET)
     small(config, queries=100, width=128, patch=16, depth=6)
     common.muon(config)
     config.epochs, config.batch_size, config.learning_rate = 300.0, 8, 2e-3
@@ -152,25 +155,15 @@ def finetune(config):
     """
     config.data.name = "objects"
     config.image_size = 640
-    pad = common.moving(
-        "Pad", shapes=((480, 640), (640, 480), (640, 640)), boxes=-1, segmentation=False
-    )
-    config.train.transforms = (
-        common.moving("RandomFlip"),
-        common.moving(
-            "ResizeOrCrop",
-            sizes=(384, 416, 448, 480),
-            longest=640,
-            first=(400, 480),
-            part=(320, 480),
-        ),
-        common.standardize(None),
-        pad,
-    )
-    config.eval.transforms = (
-        common.moving("ResizeShortSide", sizes=(480,), longest=640),
-        common.standardize(None),
-        pad,
+    sizes = {"sizes": (384, 416, 448, 480), "first": (400, 480), "part": (320, 480)}
+    pictures(
+        config,
+        common.moving("ResizeOrCrop", longest=640, **sizes),
+        shapes=((480, 640), (640, 480), (640, 640)),
+        short=480,
+        longest=640,
+        boxes=-1,
+        statistics=None,
     )
     common.model_of_init(config, "tasks.detection.Detection")
     published(config)
@@ -214,18 +207,14 @@ def coco(config):
             }
         )
     # Most batches of portraits and landscapes fit the third; 1333 is the longest side there is.
-    shapes = ((800, 1344), (1344, 800), (1088, 1088), (1344, 1344))
-    pad = common.moving("Pad", shapes=shapes, boxes=100, segmentation=False)
-    config.train.transforms = (
-        common.moving("RandomFlip"),
+    pictures(
+        config,
         common.moving("ResizeOrCrop"),
-        common.standardize(common.IMAGENET),
-        pad,
-    )
-    config.eval.transforms = (
-        common.moving("ResizeShortSide", sizes=(800,), longest=1333),
-        common.standardize(common.IMAGENET),
-        pad,
+        shapes=((800, 1344), (1344, 800), (1088, 1088), (1344, 1344)),
+        short=800,
+        longest=1333,
+        boxes=100,
+        statistics=common.IMAGENET,
     )
     published(config)
     config.batch_size, config.epochs = 64, 500.0

@@ -44,8 +44,7 @@ def scenes(config):
     """A small hybrid ViT with the PUP decoder, from scratch; 144 tokens of 8x8 pixels."""
     small(config, auxiliary=False, stem=(1,), stem_width=32, patch=2, taps=(3,))
     common.segmented_scenes(config, image_size=96, weight=2.0)
-    common.muon(config)
-    config.optimizer.muon_convolutions = True
+    common.muon(config, convolutions=True)
     config.steps, config.batch_size, config.learning_rate = 4400, 16, 4e-3
     config.schedule.warmup_steps = 200
     config.eval_every = 1100

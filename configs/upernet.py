@@ -52,8 +52,7 @@ def scenes(config):
     """A small ResNet from scratch, on all 96x96 pixels: its first map is a quarter of them."""
     small(config, depths=(1, 2, 2), features=32)
     common.segmented_scenes(config, image_size=96, weight=1.5)
-    common.muon(config)
-    config.optimizer.muon_convolutions = True
+    common.muon(config, convolutions=True)
     config.steps, config.batch_size, config.learning_rate = 5200, 16, 6e-3
     config.schedule.warmup_steps = 200
     config.eval_every = 1300

@@ -30,11 +30,10 @@ COLORS = ("#D55E00", "#009E73", "#56B4E9", "#0072B2", "#CC79A7", "#E69F00", "#00
 
 @dataclass(frozen=True)
 class Trained:
-    """A config to train, what differs from it, and which numbers are shown."""
+    """A config to train, and which numbers are shown."""
 
     config: str
     shown: tuple[str, ...]
-    changes: tuple[str, ...] = ()
 
 
 STUDIES = {
@@ -60,7 +59,7 @@ def train(run: Trained, workdir: Path, data_dir: Path | None) -> dict:
     """Trains one config; what it reached and how long it took."""
     command = [sys.executable, "-m", "vit_jax.main", f"--config=configs/{run.config}"]
     command += [f"--config.data.data_dir={data_dir}"] * (data_dir is not None)
-    command += [*run.changes, f"--workdir={workdir}"]
+    command.append(f"--workdir={workdir}")
     began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True)
     seconds, used = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)

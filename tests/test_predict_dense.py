@@ -329,9 +329,7 @@ def test_a_segmenter_is_asked_by_windows_and_mirrored_as_its_run_was_or_as_it_is
 
 def test_windows_of_the_command_line_and_of_the_run_reach_the_masks(folder, monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(
-        load.Loaded, "averaged", lambda self, **how: asked.append(how) or self, raising=True
-    )
+    monkeypatch.setattr(load.Loaded, "averaged", lambda self, **how: asked.append(how) or self)
     for model, argv in (
         (halves(), ()),
         (halves(), ("--window=16", "--flip", "--scales=0.5,1")),

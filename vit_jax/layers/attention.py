@@ -55,7 +55,8 @@ def attend(
         logits = jnp.where(jnp.broadcast_to(mask, logits.shape), logits, MASKED)
     # [..., A, N, M], not yet normalised
     kept, weights, total = _exponentials(logits, value.dtype)
-    kept = kept if dropout is None else dropout(kept)
+    if dropout is not None:
+        kept = dropout(kept)
     out = jnp.einsum("...nm,...md->...nd", kept, value)
     out = out / total.astype(out.dtype)
     return rearrange(out, "... a n d -> ... n a d"), weights / total
