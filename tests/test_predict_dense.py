@@ -323,6 +323,8 @@ def test_a_segmenter_is_asked_by_windows_and_mirrored_as_its_run_was_or_as_it_is
     run = halves(target="tasks.inference.Averaged", window=16, stride=16)
     np.testing.assert_array_equal(columns(run.averaged()), windows)
     np.testing.assert_array_equal(columns(run.averaged(window=0, stride=0)), np.repeat([0, 1], 24))
+    np.testing.assert_array_equal(columns(run.averaged(window=0)), np.repeat([0, 1], 24))
+    assert run.averaged(window=9).module.stride == 0  # the run's would leave pixels out
     mirrored = halves().averaged(flip=True)(image=np.zeros((1, 32, 48, 3), np.float32))
     np.testing.assert_allclose(mirrored, np.log(0.5), rtol=1e-5)
 

@@ -132,7 +132,7 @@ class Loaded:
 
         Args:
           **how: fields of `vit_jax.tasks.inference.Averaged`; those that are not given are as in
-            the run that it comes from.
+            the run that it comes from, but for a stride, which belongs to its window.
 
         Raises:
           ConfigError: if the model is no segmenter, or a number cannot be.
@@ -141,7 +141,8 @@ class Loaded:
             raise ConfigError(
                 f"{self.source} is no segmenter: windows, mirrored pictures and scales are for one"
             )
-        spec = {TARGET: AVERAGED} | dict(self.recipe.inference) | how
+        stride = {"stride": 0} if "window" in how else {}
+        spec = {TARGET: AVERAGED} | self.recipe.inference | stride | how
         return dataclasses.replace(self, module=build(spec, model=self.module))
 
     def caption(self, pictures: Any, beams: int | None = None) -> list[tuple[str, float]]:
