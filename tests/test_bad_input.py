@@ -187,12 +187,14 @@ def test_a_mask_of_another_size_or_value_leaves_its_picture_out_and_says_why(tmp
     assert "2.png: its mask has the value 9 at 192 pixels" in second
 
 
-@pytest.mark.slow
-def test_more_objects_than_queries_end_the_command_before_anything_is_trained(tmp_path, capsys):
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_more_objects_than_queries_end_the_command_before_anything_is_trained(
+    part, tmp_path, capsys
+):
     root = coco_folder(tmp_path / "data")
-    content = json.loads((root / "instances_train.json").read_text())
+    content = json.loads((root / f"instances_{part}.json").read_text())
     content["annotations"] = [content["annotations"][0] | {"id": i} for i in range(5)]
-    (root / "instances_train.json").write_text(json.dumps(content))
+    (root / f"instances_{part}.json").write_text(json.dumps(content))
     text = said(capsys, root, "detr.py:folder", "--config.model.queries=4", status=2)
     assert "may have 5 boxes" in text
     assert "has 4 queries" in text

@@ -220,9 +220,10 @@ def set_up(
     )
 
     abstract_batch = _abstract_batch(config, splits[0], transforms[0], mix, devices)
+    fullest = _with_room(abstract_batch, splits[1], transforms[1])
     try:
         function = partial(step.init_and_score, model=model, task=task)
-        variables, fresh, flops = step.traced(function, jax.random.key(0), abstract_batch)
+        variables, fresh, flops = step.traced(function, jax.random.key(0), fullest)
     except ValueError as error:  # what a module says of a size or a name it cannot work with
         raise ConfigError(str(error)) from error
     warm_start = None
@@ -309,6 +310,22 @@ def _abstract_batch(config, data, transforms, mix, devices) -> dict[str, jax.Sha
             (config["batch_size"], *value.shape[1:]), value.dtype, sharding=sharding
         )
         for key, value in example.items()
+    }
+
+
+def _with_room(batch: dict[str, Any], data: Dataset, transforms: tuple[Transform, ...]) -> dict:
+    """The shapes of a batch, with as many objects as held-out pictures have, if these have more:
+    a model with too few queries for them is to be refused now, not at the first evaluation.
+    """
+    pad = pipeline.padding(transforms, data)
+    if pad is None or "boxes" not in batch:
+        return batch
+    rows, objects = batch["boxes"].shape[:2]
+    most = max(objects, pad.boxes)
+    return batch | {
+        key: jax.ShapeDtypeStruct((rows, most, *batch[key].shape[2:]), batch[key].dtype)
+        for key in ("boxes", "box_label", "masks")
+        if key in batch
     }
 
 

@@ -171,7 +171,7 @@ def train_batches(
         max_pixels=max_pixels,
         threads=-(-threads // max(workers, 1)),
         template=template,
-        pad=_pad(transforms, dataset),
+        pad=padding(transforms, dataset),
     )
     return _iterate(batches, start_step, threads > 0, workers)
 
@@ -207,7 +207,7 @@ def eval_batches(
         max_pixels=max_pixels,
         threads=-(-threads // max(workers, 1)),
         template=template,
-        pad=_pad(transforms, dataset),
+        pad=padding(transforms, dataset),
     )
     return _iterate(batches, 0, threads > 0, workers)
 
@@ -240,15 +240,19 @@ def _random(seed: int, stream: int, position: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, position]))
 
 
-def _pad(transforms: Sequence[Transform], dataset: Dataset | None = None) -> Pad | None:
-    """The last step, if it is `Pad`; with a dataset, with room for its objects."""
+def padding(transforms: Sequence[Transform], dataset: Dataset | None = None) -> Pad | None:
+    """The last step, if it is `Pad`; with a dataset, with room for its objects.
+
+    Raises:
+      ConfigError: if a picture of the dataset has more objects than `Pad` is told.
+    """
     pad = transforms[-1] if transforms and isinstance(transforms[-1], Pad) else None
     return pad.fitted(dataset) if pad and dataset is not None else pad
 
 
 def _before_pad(transforms: Sequence[Transform]) -> tuple[Transform, ...]:
     """All steps but `Pad`; ConfigError if that is not the last, or its shapes cannot be chosen."""
-    pad = _pad(transforms)
+    pad = padding(transforms)
     steps = tuple(transforms[:-1] if pad else transforms)
     if any(isinstance(step, Pad) for step in steps):
         raise ConfigError("Pad must be the last of the transforms")
@@ -273,7 +277,7 @@ def _template(
     """
     if not len(dataset):
         raise DataError("the dataset has no examples")
-    pad, reason = _pad(transforms), ""
+    pad, reason = padding(transforms), ""
     example: Example = {"image": np.zeros(BLANK, np.uint8), "label": 0}
     for index in range(min(len(dataset), TRIED)):
         try:
