@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 
 from vit_jax.layers import norm
-from vit_jax.layers.norm import BatchNorm, LayerNorm, layer_norm
+from vit_jax.layers.norm import BatchNorm, GroupNorm, LayerNorm, layer_norm
 
 
 def normal(seed, *shape):
@@ -122,4 +122,40 @@ def test_batch_norm_of_half_precision_is_computed_in_float32():
     assert kept["mean"].dtype == jnp.float32
     exact, exactly_kept, _ = trained(batch_norms()[1], params, stats, x.astype(jnp.float32))
     chex.assert_trees_all_close(kept, exactly_kept, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(out.astype(jnp.float32), exact, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("shape", [(3, 5, 4, 6), (1, 7, 6), (4, 6)], ids=str)
+def test_group_norm_equals_flax_in_value_and_all_gradients(shape, groups):
+    if len(shape) == 2 and groups == 6:
+        pytest.skip("each number alone has no deviation")
+    x = 1.5 * normal(0, *shape) + 2
+    scale, bias = 1 + 0.3 * normal(1, shape[-1]), normal(2, shape[-1])
+
+    def of(module):
+        def apply(x, scale, bias):
+            return module.apply({"params": {"scale": scale, "bias": bias}}, x)
+
+        return value_and_gradients(apply, x, scale, bias)
+
+    got, wanted = of(GroupNorm(groups, 1e-5)), of(nn.GroupNorm(groups, epsilon=1e-5))
+    chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=5e-5)
+
+
+def test_group_norm_starts_as_flaxs_does_and_refuses_channels_that_are_no_groups():
+    x = normal(0, 2, 3, 4)
+    ours = GroupNorm(2).init(jax.random.key(0), x)
+    chex.assert_trees_all_equal(ours, nn.GroupNorm(2).init(jax.random.key(0), x))
+    with pytest.raises(ValueError, match="groups=3 must divide the 4 channels"):
+        GroupNorm(3).init(jax.random.key(0), x)
+
+
+def test_group_norm_of_half_precision_is_computed_in_float32():
+    x = (normal(0, 4, 5, 16) + 3).astype(jnp.bfloat16)
+    params = {"scale": 1 + 0.3 * normal(1, 16), "bias": normal(2, 16)}
+    module = GroupNorm(4, 1e-5, jnp.bfloat16)
+    out, pull = jax.vjp(lambda x: module.apply({"params": params}, x), x)
+    assert out.dtype == pull(jnp.ones_like(out))[0].dtype == jnp.bfloat16
+    exact = nn.GroupNorm(4, epsilon=1e-5).apply({"params": params}, x.astype(jnp.float32))
     chex.assert_trees_all_close(out.astype(jnp.float32), exact, rtol=2**-8, atol=1e-4)

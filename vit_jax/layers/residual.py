@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from vit_jax.contracts import Array
 from vit_jax.errors import nearest
+from vit_jax.layers.norm import GroupNorm
 from vit_jax.layers.pooling import max_pool
 from vit_jax.layers.remat import recomputed
 
@@ -238,7 +239,7 @@ class HybridStem(nn.Module):
                 f"stem_source={self.source!r} does not exist.{nearest(self.source, SOURCES)}"
             )
         conv = partial(StdConv, source=self.source, dtype=self.dtype)
-        norm = partial(nn.GroupNorm, 32, epsilon=SOURCES[self.source][2], dtype=self.dtype)
+        norm = partial(GroupNorm, 32, epsilon=SOURCES[self.source][2], dtype=self.dtype)
         x = nn.relu(norm(name="root_norm")(conv(self.width, 7, 2, name="root_conv")(x)))
         x = max_pool(x, "SAME")
         for i, blocks in enumerate(self.sizes):

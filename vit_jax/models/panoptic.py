@@ -12,6 +12,7 @@ from flax import linen as nn
 from vit_jax.contracts import Array
 from vit_jax.layers.attention import MASKED
 from vit_jax.layers.dense import Dense
+from vit_jax.layers.norm import GroupNorm
 from vit_jax.layers.pyramid import nearest
 from vit_jax.models.detr import DETR
 from vit_jax.models.resnet import resnet_50
@@ -89,7 +90,7 @@ class MaskHead(nn.Module):
         def block(x: jax.Array, features: int, i: int) -> jax.Array:
             x = conv(x, features, f"conv{i}")
             groups = min(self.groups, features)
-            norm = nn.GroupNorm(groups, epsilon=self.epsilon, dtype=self.dtype, name=f"norm{i}")
+            norm = GroupNorm(groups, epsilon=self.epsilon, dtype=self.dtype, name=f"norm{i}")
             return nn.relu(norm(x))
 
         shape = (batch, queries, *projected.shape[1:])
