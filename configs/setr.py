@@ -45,9 +45,9 @@ def scenes(config):
     small(config, auxiliary=False, stem=(1,), stem_width=32, patch=2, taps=(3,))
     common.segmented_scenes(config, image_size=96, weight=2.0)
     common.muon(config, convolutions=True)
-    config.steps, config.batch_size, config.learning_rate = 4400, 16, 4e-3
+    config.steps, config.batch_size, config.learning_rate = 8800, 8, 6e-3
     config.schedule.warmup_steps = 200
-    config.eval_every = 1100
+    config.eval_every = 2200
 
 
 def camvid(config):
