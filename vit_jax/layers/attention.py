@@ -1,5 +1,7 @@
 """Scaled dot-product attention: the only softmax(q k) of the project."""
 
+import math
+import os
 from functools import partial
 from typing import Any
 
@@ -10,10 +12,59 @@ from einops import rearrange
 from flax import linen as nn
 
 from vit_jax.contracts import Array
+from vit_jax.errors import ConfigError, nearest
 from vit_jax.layers.dense import Dense
 from vit_jax.layers.lift import lift
 
 MASKED = -1e30  # finite, so that a row without any visible key gives numbers, not NaN
+VARIABLE = "VIT_JAX_ATTENTION"  # of the environment: a form
+FORMS = ("plain", "cudnn")
+
+
+def form() -> str:
+    """The form of attention that this process is told to compute where it fits, of `FORMS`.
+
+    "cudnn" is the fused kernel of NVIDIA's library on a GPU, which never stores the weights. It is
+    for float16 and bfloat16, heads of a multiple of 8 up to 128 channels, and attention without
+    bias, mask and dropout whose weights nobody looks at; everything else stays plain. Not the
+    default: it was never run, for want of a GPU.
+
+    Raises:
+      ConfigError: if `VIT_JAX_ATTENTION` names no form.
+    """
+    name = os.environ.get(VARIABLE, "plain")
+    if name not in FORMS:
+        raise ConfigError(f"{VARIABLE}={name} does not exist.{nearest(name, FORMS)}")
+    return name
+
+
+def fused(query: Array, key: Array, value: Array, *, scale: float) -> jax.Array:
+    """The attended values of `attend`, in the same shapes, by cuDNN."""
+    queries, keys = (x.shape[-3] for x in (query, key))
+    rows = math.prod(query.shape[:-3])
+    # JAX refuses the gradient of an odd number of tokens; one more, which is not looked at.
+    lengths = {}
+    if queries % 2 or keys % 2:
+        lengths = {
+            "query_seq_lengths": jnp.full(rows, queries, jnp.int32),
+            "key_value_seq_lengths": jnp.full(rows, keys, jnp.int32),
+        }
+
+    def even(x: Array) -> jax.Array:
+        """[..., N, A, D] -> [rows, N or N + 1, A, D]."""
+        x = x.reshape(rows, *x.shape[-3:])
+        return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+
+    attended = jax.nn.dot_product_attention(
+        even(query), even(key), even(value), scale=scale, implementation="cudnn", **lengths
+    )
+    return attended[:, :queries].reshape(query.shape)
+
+
+def _can_be_fused(query: Array) -> bool:
+    channels, half = query.shape[-1], query.dtype in (jnp.float16, jnp.bfloat16)
+    fits = half and channels % 8 == 0 and channels <= 128
+    return form() == "cudnn" and jax.default_backend() == "gpu" and fits
 
 
 def attend(
@@ -25,7 +76,8 @@ def attend(
     bias: Array | None = None,
     mask: Array | None = None,
     dropout: nn.Module | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    want_weights: bool = True,
+) -> tuple[jax.Array, jax.Array | None]:
     """Attention of Vaswani et al. 2017 (arXiv:1706.03762), eq. 1, over any leading axes.
 
     The heads move to a batch axis first, the query is scaled before the product and the sum of the
@@ -40,11 +92,15 @@ def attend(
       bias: added to the logits; broadcasts to [..., A, N, M].
       mask: bool, True where a query sees a key; broadcasts to [..., A, N, M].
       dropout: drops weights.
+      want_weights: whether they are to be returned whatever the `form`.
 
     Returns:
       The attended values [..., N, A, D] and the weights [..., A, N, M], which cost nothing where
-      they are not used.
+      they are not used; None in their place where a fused form keeps none.
     """
+    bare = bias is None and mask is None and dropout is None
+    if bare and not want_weights and _can_be_fused(query):
+        return fused(query, key, value, scale=scale), None
     query = rearrange(query * scale, "... n a d -> ... a n d")
     key = rearrange(key, "... m a d -> ... a m d")
     value = rearrange(value, "... m a d -> ... a m d")
@@ -193,7 +249,8 @@ class Attention(nn.Module):
             per_head = jnp.exp(jnp.minimum(logarithm, jnp.log(100.0)))[:, None]  # [A, 1]
             query = _direction(query) * lift(per_head, query)
             key, scale = _direction(key), 1.0
-        dropout = nn.Dropout(self.dropout, deterministic=not train) if self.dropout else None
+        dropout = nn.Dropout(self.dropout, deterministic=False) if self.dropout and train else None
+        wanted = self.is_mutable_collection("intermediates")
         out, weights = attend(
             query,
             key,
@@ -202,8 +259,10 @@ class Attention(nn.Module):
             bias=bias,
             mask=mask,
             dropout=dropout,
+            want_weights=wanted,
         )
-        self.sow("intermediates", "attention_weights", weights)
+        if wanted:
+            self.sow("intermediates", "attention_weights", weights)
         out = rearrange(out, "... n a d -> ... n (a d)")
         out = Dense(
             width, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="out"
