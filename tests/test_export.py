@@ -93,10 +93,12 @@ def test_weights_lie_outside_the_program(program):
     assert weights.tobytes() not in text
 
 
-def test_the_command_writes_what_it_says(tmp_path, capsys):
+def test_the_command_writes_what_it_says(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("VIT_JAX_ATTENTION", "cudnn")  # which other platforms do not have
     out = tmp_path / "new" / "model"
     argv = [f"--checkpoint={TINY}", "--to=hf", f"--output={out}"]
     assert export.main(argv) == 0
+    assert os.environ["VIT_JAX_ATTENTION"] == "plain"
     assert "the largest difference is 0.0e+00" in capsys.readouterr().out
     assert {p.name for p in out.iterdir()} == {
         "config.json",

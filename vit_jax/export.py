@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -136,15 +137,12 @@ def _one_form_for_all_platforms() -> Iterator[None]:
     """Lets what is written once for each platform be traced in its general form alone."""
     import jax
 
-    from vit_jax.layers import attention
-
-    chosen, form = jax.lax.platform_dependent, attention.form
+    chosen = jax.lax.platform_dependent
     jax.lax.platform_dependent = lambda *args, default, **_: default(*args)
-    attention.form = lambda: "plain"
     try:
         yield
     finally:
-        jax.lax.platform_dependent, attention.form = chosen, form
+        jax.lax.platform_dependent = chosen
 
 
 FORMS: dict[str, Callable[[Any, Path], float]] = {
@@ -266,6 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> int:
         command.quiet()
         programs.keep()
+        os.environ["VIT_JAX_ATTENTION"] = "plain"  # what is written has to run everywhere
         from vit_jax.pretrained.load import load
 
         loaded = load(options.checkpoint, dtype=options.dtype, image_size=options.image_size)

@@ -32,14 +32,19 @@ LARGE = ("vit_b16", "vit_l16", "swin_t", "swin_b", "cvt_13")
 STARTS = 5  # of the command, cold and warm
 
 
-def benchmark(*options: str) -> list[dict]:
-    """Rows of one `vit_jax.benchmark`."""
+def benchmark(*options: str, attention: str = "plain") -> list[dict]:
+    """Rows of one `vit_jax.benchmark`, with a form of attention."""
     line = [sys.executable, "-m", "vit_jax.benchmark", *options, "--json"]
     print(" ".join(line[1:]), flush=True)
-    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
+    chosen = {"VIT_JAX_ATTENTION": attention}
+    done = subprocess.run(
+        line, stdout=subprocess.PIPE, env=os.environ | chosen, text=True, check=True
+    )
     found = json.loads(done.stdout)
     for row in found["rows"]:
         row.pop("pictures", None)  # where they lie on this machine says nothing elsewhere
+        if attention != "plain":
+            row["attention"] = attention
     return [row | {"machine": found["machine"]} for row in found["rows"]]
 
 
@@ -58,22 +63,18 @@ def cpu(options: argparse.Namespace) -> list[dict]:
 
 
 def gpu(options: argparse.Namespace) -> list[dict]:
-    """Training and inference in bfloat16, of batches that fill the device."""
+    """Training and inference in bfloat16, of batches that fill the device; ours in both forms of
+    attention, of which only the plain one is compared.
+    """
     rows = []
     for model in options.models or LARGE:
         library = "transformers" if model.startswith("cvt") else "timm"
-        rows += benchmark(
-            model,
-            *ALIKE.get(model, []),
-            f"--work={options.only}",
-            "--dtype=bfloat16",
-            "--batch_size=128",
-            f"--peer={library}",
-            f"--peer_python={options.peer_python}",
-            "--modes=compiled",
-            "--seconds=1",
-            "--rounds=3",
-        )
+        peer = [f"--peer={library}", f"--peer_python={options.peer_python}", "--modes=compiled"]
+        work = [f"--work={options.only}", "--dtype=bfloat16", "--batch_size=128"]
+        line = [model, *ALIKE.get(model, []), *work, "--seconds=1", "--rounds=3"]
+        rows += benchmark(*line, *peer)
+        if not model.startswith("swin"):  # whose attention has a bias, which the kernel is not for
+            rows += benchmark(*line, attention="cudnn")
         keep("gpu", rows)
     return rows
 
@@ -130,7 +131,8 @@ def keep(part: str, rows: list[dict]) -> None:
     found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
 
     def title(row: dict) -> tuple:
-        return tuple(row.get(k) for k in ("model", "work", "batch_size", "dtype", "start"))
+        keys = ("model", "work", "batch_size", "dtype", "start", "attention")
+        return tuple(row.get(k) for k in keys)
 
     new = {title(row) for row in rows}
     found[part] = [row for row in found.get(part, []) if title(row) not in new] + rows
@@ -151,6 +153,7 @@ def table(found: dict) -> str:
         for row in found.get(part, []):
             ours, name = row["sides"]["ours"], best(row)
             title = f"{row.get('model') or 'ImageNet pipeline'}, {row['work']}, {row['dtype']}"
+            title += f", attention by {row['attention']}" if "attention" in row else ""
             cells = [title, row["batch_size"], f"{ours['images_per_second']:.3g}"]
             if name:
                 theirs = row["sides"][name[0]]["images_per_second"]

@@ -239,7 +239,7 @@ def test_a_complete_cache_is_read_without_what_it_was_made_of():
 
 @pytest.fixture
 def fused_calls(monkeypatch):
-    """A GPU is pretended, whose library computes what JAX does; the shapes that it was asked for."""
+    """A GPU whose library computes what JAX does, and the shapes that it was asked for."""
     shapes, true = [], jax.nn.dot_product_attention
 
     def library(query, key, value, *, implementation, **options):
@@ -301,5 +301,5 @@ def test_what_the_fused_form_cannot_do_stays_plain(fields, arguments, fused_call
 
 def test_a_form_that_does_not_exist_is_named_with_the_nearest(monkeypatch):
     monkeypatch.setenv(attention.VARIABLE, "cuddn")
-    with pytest.raises(ConfigError, match="VIT_JAX_ATTENTION=cuddn .* Did you mean 'cudnn'"):
+    with pytest.raises(ConfigError, match=r"VIT_JAX_ATTENTION=cuddn .* Did you mean 'cudnn'"):
         attention.form()
