@@ -51,9 +51,10 @@ def scenes(config):
 
 
 def camvid(config):
-    """CamVid from scratch; 225 tokens."""
+    """CamVid from scratch; 225 tokens of 16x16 pixels behind a ResNet's root."""
     common.camvid(config)
-    small(config, patch=16, width=128, depth=6, taps=(2, 5))
+    small(config, stem=(), stem_width=32, patch=4, width=128, depth=6, taps=(2, 5))
+    common.muon(config, convolutions=True)
 
 
 def folder(config):
