@@ -17,9 +17,6 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 from vit_jax import cost
 
@@ -73,7 +70,7 @@ class Report:
         self._console = Console() if terminal else None
         self._live: Live | None = None
         self._last_line = self._last_flush = -math.inf
-        self._events: EventsWriter | None = None
+        self._events: Any = None  # tensorboardX's
         self._opened = False
         if self.workdir is not None:
             self.attempt("open the run folder", self._open)
@@ -195,7 +192,12 @@ class Report:
 
     def _write_events(self, step: int, split: str, numbers: dict[str, float]) -> None:
         # `SummaryWriter` writes in a thread, which dies of a full disk, after which a full queue
-        # blocks the run for ever; this is the part of it that does the writing.
+        # blocks the run for ever; this is the part of it that does the writing. Imported here, as
+        # it takes its time, and more where Google's storage is installed: the first step has none.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
+
         if self._events is None:
             folder = self.workdir / TENSORBOARD
             folder.mkdir(exist_ok=True)

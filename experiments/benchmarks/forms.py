@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from vit_jax import programs
 from vit_jax.layers.activation import gelu
-from vit_jax.layers.norm import BatchNorm, LayerNorm
+from vit_jax.layers.norm import BatchNorm, GroupNorm, LayerNorm
 from vit_jax.layers.residual import convolve
 
 ROUNDS = 15
@@ -69,6 +69,8 @@ def pairs() -> dict[str, tuple[Callable, Callable, tuple]]:
     found = {f"{NORMS} layer norms {list(shape)}": norms(*layer, *shape) for shape in (VIT, SWIN)}
     batch = (norm(use_running_average=False, momentum=0.9) for norm in (nn.BatchNorm, BatchNorm))
     found[f"{NORMS} batch norms {[*RESNET[:3], 256]}"] = norms(*batch, *RESNET[:3], 256)
+    group = nn.GroupNorm(32), GroupNorm(32)
+    found[f"{NORMS} group norms {[*RESNET[:3], 256]}"] = norms(*group, *RESNET[:3], 256)
     found[f"GELU {list(wide.shape)}"] = (
         *(value_and_gradients(f) for f in (plain, gelu)),
         (wide, wide),
