@@ -205,9 +205,17 @@ def test_a_config_is_filled_in_by_its_checkpoint(monkeypatch):
     build(config["model"] | {"num_classes": 2})
 
 
-def test_a_recipe_that_wants_a_checkpoint_says_so():
-    config = main.parse(["--config=configs/vit.py:finetune"])[0]
-    with pytest.raises(ConfigError, match=r"config.init is empty.*--config.init=REF"):
+@pytest.mark.parametrize(
+    ("recipe", "example"),
+    [
+        ("vit", "hf:google/vit-base-patch16-224-in21k"),
+        ("detr", "hf:facebook/detr-resnet-50"),
+        ("upernet", "hf:openmmlab/upernet-swin-tiny"),
+    ],
+)
+def test_a_recipe_that_wants_a_checkpoint_says_so_and_names_one_that_serves(recipe, example):
+    config = main.parse([f"--config=configs/{recipe}.py:finetune"])[0]
+    with pytest.raises(ConfigError, match=rf"config.init is empty.*--config.init=REF.*{example},"):
         finetune.resolve(config)
 
 

@@ -27,6 +27,11 @@ MARKS = ("init.model", "init.backbone", "init.task", "init.preprocessing", "init
 OPTIONAL = ("drop_path", "dropout", "attention_dropout", "scan", "remat", "image_size", "norm")
 # Tasks that the models of another one serve as well.
 SERVES = {"tasks.panoptic.Panoptic": ("tasks.detection.Detection",)}
+# A published checkpoint whose whole model serves a task, to be named where none is given.
+EXAMPLES = {
+    "tasks.detection.Detection": "hf:facebook/detr-resnet-50",
+    "tasks.segmentation.Segmentation": "hf:openmmlab/upernet-swin-tiny",
+}
 SHOWN = 6
 
 
@@ -44,9 +49,12 @@ def resolve(config: dict[str, Any]) -> Opened | None:
     marked = _marked(config)
     if not config["init"]:
         if marked:
+            example = "hf:google/vit-base-patch16-224-in21k"
+            if config["model"].get(TARGET) == "init.model":
+                example = EXAMPLES.get(config["task"][TARGET], example)
             raise ConfigError(
                 f"config.init is empty, and {marked[0]} is to come from it: --config.init=REF, "
-                "such as hf:google/vit-base-patch16-224-in21k, a checkpoint file or a run folder"
+                f"such as {example}, a checkpoint file or a run folder"
             )
         return None
     opened = open_checkpoint(config["init"])
