@@ -61,10 +61,9 @@ def fused(query: Array, key: Array, value: Array, *, scale: float) -> jax.Array:
     return attended[:, :queries].reshape(query.shape)
 
 
-def _can_be_fused(query: Array) -> bool:
+def _fits_cudnn(query: Array) -> bool:
     channels, half = query.shape[-1], query.dtype in (jnp.float16, jnp.bfloat16)
-    fits = half and channels % 8 == 0 and channels <= 128
-    return form() == "cudnn" and jax.default_backend() == "gpu" and fits
+    return jax.default_backend() == "gpu" and half and channels % 8 == 0 and channels <= 128
 
 
 def attend(
@@ -99,7 +98,7 @@ def attend(
       they are not used; None in their place where a fused form keeps none.
     """
     bare = bias is None and mask is None and dropout is None
-    if bare and not want_weights and _can_be_fused(query):
+    if form() == "cudnn" and bare and not want_weights and _fits_cudnn(query):
         return fused(query, key, value, scale=scale), None
     query = rearrange(query * scale, "... n a d -> ... a n d")
     key = rearrange(key, "... m a d -> ... a m d")
