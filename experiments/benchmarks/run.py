@@ -97,6 +97,8 @@ def read(options: argparse.Namespace) -> list[dict]:
 def start(options: argparse.Namespace) -> list[dict]:
     """Seconds from the command to the first finished step, without and with kept programs."""
     times: dict[str, list[float]] = {"cold": [], "warm": []}
+    # A person's Python keeps what it has parsed.
+    usual = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     line = [sys.executable, "-m", "vit_jax.main", "--config=configs/cvt.py", "--config.log_every=1"]
     for _ in range(STARTS):
         programs = tempfile.mkdtemp()
@@ -107,7 +109,7 @@ def start(options: argparse.Namespace) -> list[dict]:
             process = subprocess.Popen(
                 [*line, f"--workdir={workdir}"],
                 stdout=subprocess.PIPE,
-                env=os.environ | {"XDG_CACHE_HOME": programs},
+                env=usual | {"XDG_CACHE_HOME": programs},
                 text=True,
             )
             for text in process.stdout:
