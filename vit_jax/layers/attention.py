@@ -249,7 +249,6 @@ class Attention(nn.Module):
             query = _direction(query) * lift(per_head, query)
             key, scale = _direction(key), 1.0
         dropout = nn.Dropout(self.dropout, deterministic=False) if self.dropout and train else None
-        wanted = self.is_mutable_collection("intermediates")
         out, weights = attend(
             query,
             key,
@@ -258,10 +257,9 @@ class Attention(nn.Module):
             bias=bias,
             mask=mask,
             dropout=dropout,
-            want_weights=wanted,
+            want_weights=self.is_mutable_collection("intermediates"),
         )
-        if wanted:
-            self.sow("intermediates", "attention_weights", weights)
+        self.sow("intermediates", "attention_weights", weights)
         out = rearrange(out, "... n a d -> ... n (a d)")
         out = Dense(
             width, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="out"

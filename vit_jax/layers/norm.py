@@ -29,6 +29,27 @@ def _shared(x: Array, groups: int | None) -> jax.Array:
     return jnp.broadcast_to(parts.mean(-1, keepdims=True), parts.shape).reshape(x.shape)
 
 
+def _normalized(
+    x: Array,
+    scale: Array,
+    bias: Array,
+    epsilon: float,
+    axes: int | tuple[int, ...],
+    groups: int | None = None,
+) -> tuple[jax.Array, jax.Array, tuple]:
+    """The output, the variance that was divided by, and what a gradient needs."""
+    mean, variance = _moments(x, axes, groups)
+    inverse = jax.lax.rsqrt(variance + epsilon)
+    return _scaled(x, mean, inverse, scale, bias), variance, (x, scale, bias, mean, inverse)
+
+
+def _scale_and_bias(norm: nn.Module, x: Array) -> tuple[jax.Array, jax.Array]:
+    """A module's parameters for the channels of its input."""
+    width = x.shape[-1:]
+    scale = norm.param("scale", norm.scale_init, width)
+    return scale, norm.param("bias", nn.initializers.zeros_init(), width)
+
+
 def _scaled(x: Array, mean: Array, inverse: Array, scale: Array, bias: Array) -> jax.Array:
     """Normalised by a mean and the inverse of a deviation that lie as `x` does."""
     return (x.astype(jnp.float32) - mean) * (inverse * lift(scale, x)) + lift(bias, x)
@@ -54,9 +75,8 @@ def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> jax.Array
 
 
 def _forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[jax.Array, tuple]:
-    mean, variance = _moments(x, -1)
-    inverse = jax.lax.rsqrt(variance + epsilon)
-    return _scaled(x, mean, inverse, scale, bias), (x, scale, bias, mean, inverse)
+    out, _, saved = _normalized(x, scale, bias, epsilon, -1)
+    return out, saved
 
 
 def _backward(epsilon: float, saved: tuple, gradient: Array) -> tuple:
@@ -105,9 +125,7 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> jax.Array:
         """[..., D] -> [..., D]."""
-        scale = self.param("scale", self.scale_init, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],))
-        return layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
+        return layer_norm(x, *_scale_and_bias(self, x), self.epsilon).astype(self.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -132,10 +150,9 @@ def batch_norm(
 
 
 def _batch_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[tuple, tuple]:
-    mean, variance = _moments(x, tuple(range(x.ndim - 1)))
-    inverse = jax.lax.rsqrt(variance + epsilon)
-    out = _scaled(x, mean, inverse, scale, bias)
-    return (out, mean.ravel(), variance.ravel()), (x, scale, bias, mean, inverse)
+    out, variance, saved = _normalized(x, scale, bias, epsilon, tuple(range(x.ndim - 1)))
+    *_, mean, _ = saved
+    return (out, mean.ravel(), variance.ravel()), saved
 
 
 def _batch_backward(epsilon: float, saved: tuple, gradients: tuple) -> tuple:
@@ -178,8 +195,7 @@ class BatchNorm(nn.Module):
         size = (x.shape[-1],)
         mean = self.variable("batch_stats", "mean", jnp.zeros, size)
         var = self.variable("batch_stats", "var", jnp.ones, size)
-        scale = self.param("scale", self.scale_init, size)
-        bias = self.param("bias", nn.initializers.zeros_init(), size)
+        scale, bias = _scale_and_bias(self, x)
         if self.use_running_average:
             inverse = jax.lax.rsqrt(var.value + self.epsilon)
             out = _scaled(x, lift(mean.value, x), lift(inverse, x), scale, bias)
@@ -214,9 +230,8 @@ def group_norm(x: Array, scale: Array, bias: Array, groups: int, epsilon: float)
 def _group_forward(
     x: Array, scale: Array, bias: Array, groups: int, epsilon: float
 ) -> tuple[jax.Array, tuple]:
-    mean, variance = _moments(x, tuple(range(1, x.ndim - 1)), groups)
-    inverse = jax.lax.rsqrt(variance + epsilon)
-    return _scaled(x, mean, inverse, scale, bias), (x, scale, bias, mean, inverse)
+    out, _, saved = _normalized(x, scale, bias, epsilon, tuple(range(1, x.ndim - 1)), groups)
+    return out, saved
 
 
 def _group_backward(groups: int, epsilon: float, saved: tuple, gradient: Array) -> tuple:
@@ -255,6 +270,6 @@ class GroupNorm(nn.Module):
         """[B, ..., C] -> [B, ..., C]; ValueError if the groups do not divide C."""
         if x.shape[-1] % self.groups:
             raise ValueError(f"groups={self.groups} must divide the {x.shape[-1]} channels")
-        scale = self.param("scale", self.scale_init, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],))
-        return group_norm(x, scale, bias, self.groups, self.epsilon).astype(self.dtype)
+        return group_norm(x, *_scale_and_bias(self, x), self.groups, self.epsilon).astype(
+            self.dtype
+        )
