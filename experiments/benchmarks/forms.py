@@ -18,8 +18,8 @@ from flax import linen as nn
 
 from vit_jax import programs
 from vit_jax.layers.activation import gelu
+from vit_jax.layers.convolution import convolve
 from vit_jax.layers.norm import BatchNorm, GroupNorm, LayerNorm
-from vit_jax.layers.residual import convolve
 
 ROUNDS = 15
 NORMS = 6  # in a row: one alone is mostly the reading of its input

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vit_jax.layers.convolution import convolve
 from vit_jax.layers.residual import (
     Bottleneck,
     HybridStem,
     ResidualStage,
     StdConv,
-    convolve,
     standardize,
 )
 
@@ -21,43 +21,6 @@ quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 def draw(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def slow_convolution(x, kernel, stride, before, size):
-    """Zeros `before` the image and as many behind as it takes: one sum for each output pixel."""
-    side = len(kernel)
-    padded = np.pad(x, ((0, 0), (before, 99), (before, 99), (0, 0)))
-    out = np.zeros((len(x), *size, kernel.shape[-1]))
-    for i, j in np.ndindex(*size):
-        window = padded[:, i * stride : i * stride + side, j * stride : j * stride + side]
-        out[:, i, j] = np.einsum("bhwc,hwcd->bd", window, kernel)
-    return out
-
-
-@pytest.mark.parametrize(
-    ("side", "stride", "padding", "before", "size"),
-    [
-        (1, 1, "SAME", 0, (6, 7)),
-        (1, 2, "SAME", 0, (3, 4)),
-        (1, 2, 0, 0, (3, 4)),
-        (3, 1, "SAME", 1, (6, 7)),
-        (3, 2, 1, 1, (3, 4)),  # PyTorch's padding
-        (7, 2, 3, 3, (3, 4)),
-    ],
-)
-def test_convolution_equals_a_sum_over_windows(side, stride, padding, before, size):
-    x, kernel = draw(2, 6, 7, 3), draw(side, side, 3, 4, seed=1)
-    got = quick(convolve, static_argnums=(2, 3))(x, kernel, stride, padding)
-    np.testing.assert_allclose(
-        got, slow_convolution(x, kernel, stride, before, size), rtol=1e-4, atol=1e-4
-    )
-
-
-def test_same_padding_puts_the_odd_zero_behind():
-    x = jnp.ones((1, 4, 5, 1))
-    out = convolve(x, np.ones((3, 3, 1, 1)), 2)[0, :, :, 0]
-    # Four rows need one zero, behind; five columns need one on each side.
-    np.testing.assert_array_equal(out, [[6, 9, 6], [4, 6, 4]])
 
 
 def test_standardized_weights_have_mean_0_and_deviation_1_for_each_output():

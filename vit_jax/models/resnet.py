@@ -8,10 +8,11 @@ from flax import linen as nn
 
 from vit_jax.contracts import Array, Features
 from vit_jax.errors import nearest
+from vit_jax.layers.convolution import convolve
 from vit_jax.layers.lift import lift
 from vit_jax.layers.norm import BatchNorm
 from vit_jax.layers.pooling import max_pool
-from vit_jax.layers.residual import BasicBlock, Bottleneck, ResidualStage, convolve
+from vit_jax.layers.residual import BasicBlock, Bottleneck, ResidualStage
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 NORMS = ("batch", "frozen")
