@@ -94,7 +94,7 @@ def test_weights_lie_outside_the_program(program):
 
 
 def test_the_command_writes_what_it_says(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("VIT_JAX_ATTENTION", "cudnn")  # which other platforms do not have
+    monkeypatch.setenv("VIT_JAX_ATTENTION", "fused")  # which other platforms do not have
     out = tmp_path / "new" / "model"
     argv = [f"--checkpoint={TINY}", "--to=hf", f"--output={out}"]
     assert export.main(argv) == 0

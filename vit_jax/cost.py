@@ -8,6 +8,7 @@ import jax
 from jax.extend import core
 
 RULE = "2 x multiply-adds of matrix products and convolutions"
+ATTENTION = "fused_attention"  # of `layers.fused`, whose products are inside a kernel
 
 
 def flops(function: Callable, *abstract_args: Any) -> int:
@@ -50,6 +51,9 @@ def _count_equation(equation: core.JaxprEqn) -> int:
         taps = math.prod(kernel[axis] for axis in (inputs, *space))  # a group's inputs only
         products = math.prod(equation.outvars[0].aval.shape) * taps
         return 2 * products // math.prod(params["lhs_dilation"])
+    if params.get("name") == ATTENTION:
+        query, key = (variable.aval.shape for variable in equation.invars[:2])
+        return 2 * 2 * math.prod(query) * key[-3]
     inner = [count(jaxpr) for jaxpr in _jaxprs(list(params.values()))]
     if name == "cond":
         return max(inner)

@@ -74,7 +74,7 @@ def gpu(options: argparse.Namespace) -> list[dict]:
         line = [model, *ALIKE.get(model, []), *work, "--seconds=1", "--rounds=3"]
         rows += benchmark(*line, *peer)
         if not model.startswith("swin"):  # whose attention has a bias, which the kernel is not for
-            rows += benchmark(*line, attention="cudnn")
+            rows += benchmark(*line, attention="fused")
         keep("gpu", rows)
     return rows
 

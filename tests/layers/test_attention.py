@@ -5,11 +5,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from vit_jax.errors import ConfigError
-from vit_jax.layers import attention
 from vit_jax.layers.attention import Attention, Cache, attend
 
 # Less optimised code is compiled in half the time, and a whole function at once in less still.
@@ -235,71 +232,3 @@ def test_a_complete_cache_is_read_without_what_it_was_made_of():
     np.testing.assert_allclose(first, whole, atol=1e-6)
     np.testing.assert_allclose(again, first, atol=1e-6)
     np.testing.assert_array_equal(same.key, cache.key)
-
-
-@pytest.fixture
-def fused_calls(monkeypatch):
-    """A GPU whose library computes what JAX does, and the shapes that it was asked for."""
-    shapes, true = [], jax.nn.dot_product_attention
-
-    def library(query, key, value, *, implementation, **options):
-        assert implementation == "cudnn"
-        assert {x.dtype for x in (query, key, value)} == {jnp.dtype("bfloat16")}
-        shapes.append((query.shape, key.shape))
-        return true(query, key, value, **options)
-
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax.nn, "dot_product_attention", library)
-    monkeypatch.setenv(attention.VARIABLE, "cudnn")
-    return shapes
-
-
-@pytest.mark.parametrize("tokens", [7, 8])
-def test_the_fused_form_is_the_plain_one_over_any_leading_axes(tokens, fused_calls, monkeypatch):
-    x, other = (jnp.asarray(x, jnp.bfloat16) for x in draw((2, 3, 5, 16), (2, 3, tokens, 16)))
-    module = Attention(heads=2, scale=0.2, dtype=jnp.bfloat16)
-    variables = module.init(jax.random.key(0), x, other, train=False)
-
-    def value_and_gradient():
-        def loss(variables):
-            out = module.apply(variables, x, other, train=True)
-            return (out.astype(jnp.float32) ** 2).sum(), out
-
-        return jax.grad(loss, has_aux=True)(variables)
-
-    fused_calls.clear()
-    found = value_and_gradient()
-    assert fused_calls == [((6, 6, 2, 8), (6, tokens + tokens % 2, 2, 8))]
-    monkeypatch.setenv(attention.VARIABLE, "plain")
-    wanted = value_and_gradient()
-    assert len(fused_calls) == 1
-    for got, right in zip(found, wanted, strict=True):  # gradients, then values
-        difference = jax.tree.map(jnp.subtract, got, right)
-        assert optax.tree.norm(difference) < 0.02 * optax.tree.norm(right)
-
-
-@pytest.mark.parametrize(
-    ("fields", "arguments"),
-    [
-        ({"dtype": jnp.float32}, {}),
-        ({"heads": 4}, {}),  # of 4 channels
-        ({"dropout": 0.5}, {"train": True, "rngs": {"dropout": jax.random.key(0)}}),
-        ({}, {"mask": np.tri(5, dtype=bool)}),
-        ({}, {"bias": np.ones((2, 5, 5), np.float32)}),
-        ({}, {"mutable": ["intermediates"]}),
-    ],
-    ids=["float32", "narrow heads", "dropout", "mask", "bias", "weights wanted"],
-)
-def test_what_the_fused_form_cannot_do_stays_plain(fields, arguments, fused_calls):
-    module = Attention(**{"heads": 2, "dtype": jnp.bfloat16} | fields)
-    (x,) = draw((1, 5, 16))
-    variables = module.init(jax.random.key(0), x, train=False)
-    fused_calls.clear()
-    module.apply(variables, x, **{"train": False} | arguments)
-    assert not fused_calls
-
-
-def test_a_form_that_does_not_exist_is_named_with_the_nearest(monkeypatch):
-    monkeypatch.setenv(attention.VARIABLE, "cuddn")
-    with pytest.raises(ConfigError, match=r"VIT_JAX_ATTENTION=cuddn .* Did you mean 'cudnn'"):
-        attention.form()

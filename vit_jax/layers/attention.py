@@ -1,7 +1,5 @@
 """Scaled dot-product attention: the only softmax(q k) of the project."""
 
-import math
-import os
 from functools import partial
 from typing import Any
 
@@ -12,58 +10,11 @@ from einops import rearrange
 from flax import linen as nn
 
 from vit_jax.contracts import Array
-from vit_jax.errors import ConfigError, nearest
+from vit_jax.layers import fused
 from vit_jax.layers.dense import Dense
 from vit_jax.layers.lift import lift
 
 MASKED = -1e30  # finite, so that a row without any visible key gives numbers, not NaN
-VARIABLE = "VIT_JAX_ATTENTION"  # of the environment: a form
-FORMS = ("plain", "cudnn")
-
-
-def form() -> str:
-    """The form of attention that this process is told to compute where it fits, of `FORMS`.
-
-    "cudnn" is the fused kernel of NVIDIA's library on a GPU, which never stores the weights. It is
-    for float16 and bfloat16, heads of a multiple of 8 up to 128 channels, and attention without
-    bias, mask and dropout whose weights nobody looks at; everything else stays plain. Not the
-    default: it was never run, for want of a GPU.
-
-    Raises:
-      ConfigError: if `VIT_JAX_ATTENTION` names no form.
-    """
-    name = os.environ.get(VARIABLE, "plain")
-    if name not in FORMS:
-        raise ConfigError(f"{VARIABLE}={name} does not exist.{nearest(name, FORMS)}")
-    return name
-
-
-def fused(query: Array, key: Array, value: Array, *, scale: float) -> jax.Array:
-    """The attended values of `attend`, in the same shapes, by cuDNN."""
-    queries, keys = (x.shape[-3] for x in (query, key))
-    rows = math.prod(query.shape[:-3])
-    # JAX refuses the gradient of an odd number of tokens; one more, which is not looked at.
-    lengths = {}
-    if queries % 2 or keys % 2:
-        lengths = {
-            "query_seq_lengths": jnp.full(rows, queries, jnp.int32),
-            "key_value_seq_lengths": jnp.full(rows, keys, jnp.int32),
-        }
-
-    def even(x: Array) -> jax.Array:
-        """[..., N, A, D] -> [rows, N or N + 1, A, D]."""
-        x = x.reshape(rows, *x.shape[-3:])
-        return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
-
-    attended = jax.nn.dot_product_attention(
-        even(query), even(key), even(value), scale=scale, implementation="cudnn", **lengths
-    )
-    return attended[:, :queries].reshape(query.shape)
-
-
-def _fits_cudnn(query: Array) -> bool:
-    channels, half = query.shape[-1], query.dtype in (jnp.float16, jnp.bfloat16)
-    return jax.default_backend() == "gpu" and half and channels % 8 == 0 and channels <= 128
 
 
 def attend(
@@ -91,15 +42,17 @@ def attend(
       bias: added to the logits; broadcasts to [..., A, N, M].
       mask: bool, True where a query sees a key; broadcasts to [..., A, N, M].
       dropout: drops weights.
-      want_weights: whether they are to be returned whatever the `form`.
+      want_weights: whether they are to be returned whatever `fused.form` says.
 
     Returns:
       The attended values [..., N, A, D] and the weights [..., A, N, M], which cost nothing where
       they are not used; None in their place where a fused form keeps none.
     """
     bare = bias is None and mask is None and dropout is None
-    if form() == "cudnn" and bare and not want_weights and _fits_cudnn(query):
-        return fused(query, key, value, scale=scale), None
+    if fused.form() == "fused" and bare and not want_weights:
+        kernel = fused.kernel(query, key)
+        if kernel is not None:
+            return kernel(query, key, value, scale=scale), None
     query = rearrange(query * scale, "... n a d -> ... a n d")
     key = rearrange(key, "... m a d -> ... a m d")
     value = rearrange(value, "... m a d -> ... a m d")
