@@ -356,7 +356,7 @@ def camvid(config: ConfigDict) -> None:
     """
     sizes = {"crop": 240, "short": 240, "longest": 320, "shapes": ((240, 320),)}
     segments(config, "camvid", **sizes, statistics=CAMVID)
-    muon(config)
+    muon(config, convolutions=True)
     config.steps, config.batch_size, config.learning_rate = 2000, 8, 2e-3
     config.schedule.warmup_steps = 100
     config.eval_every = 250

@@ -53,15 +53,19 @@ def scenes(config):
 def camvid(config):
     """CamVid from scratch; 225 tokens of 16x16 pixels behind a ResNet's root."""
     common.camvid(config)
+    behind_root(config)
+
+
+def behind_root(config):
+    """Tokens of 16x16 pixels behind a ResNet's root, for pictures of any size."""
     small(config, stem=(), stem_width=32, patch=4, width=128, depth=6, taps=(2, 5))
-    common.muon(config, convolutions=True)
 
 
 def folder(config):
     """Pictures of one's own with masks in `data.data_dir`, from scratch."""
     common.masks(config)
-    small(config, patch=16, width=128, depth=6, taps=(2, 5))
-    common.muon(config)
+    behind_root(config)
+    common.muon(config, convolutions=True)
     config.epochs, config.batch_size, config.learning_rate = 100.0, 8, 2e-3
     config.schedule.warmup_epochs = 2.0
 
