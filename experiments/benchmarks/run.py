@@ -73,8 +73,7 @@ def gpu(options: argparse.Namespace) -> list[dict]:
         work = [f"--work={options.only}", "--dtype=bfloat16", "--batch_size=128"]
         line = [model, *ALIKE.get(model, []), *work, "--seconds=1", "--rounds=3"]
         rows += benchmark(*line, *peer)
-        if not model.startswith("swin"):  # whose attention has a bias, which the kernel is not for
-            rows += benchmark(*line, attention="fused")
+        rows += benchmark(*line, attention="fused")
         keep("gpu", rows)
     return rows
 

@@ -17,7 +17,7 @@ PICTURES, HEADS, CHANNELS = 16, 16, 64  # ViT-L/16
 TOKENS = (197, 257, 401, 577, 785, 1025)  # pictures of 224 to 512 pixels, and a class token
 
 
-def plain(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> jax.Array:
+def plain(query: jax.Array, key: jax.Array, value: jax.Array, bias: None, scale: float):
     """The form of every backend."""
     return attend(query, key, value, scale=scale)[0]
 
@@ -29,7 +29,7 @@ def cost(form, tokens: int, device: jax.Device) -> tuple[float, float]:
     one = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=here)
 
     def loss(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return (form(query, key, value, CHANNELS**-0.5).astype(jnp.float32) ** 2).sum()
+        return (form(query, key, value, None, CHANNELS**-0.5).astype(jnp.float32) ** 2).sum()
 
     compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(one, one, one).compile()
     traffic = compiled.cost_analysis()["bytes accessed"]

@@ -29,11 +29,12 @@ def fused_calls(monkeypatch):
     """A GPU whose library computes what JAX does, and the shapes that it was asked for."""
     shapes, true = [], jax.nn.dot_product_attention
 
-    def library(query, key, value, *, implementation, **options):
+    def library(query, key, value, bias=None, *, implementation, **options):
         assert implementation == "cudnn"
-        assert {x.dtype for x in (query, key, value)} == {jnp.dtype("bfloat16")}
-        shapes.append((query.shape, key.shape))
-        return true(query, key, value, **options)
+        biases = [] if bias is None else [bias]
+        assert {x.dtype for x in (query, key, value, *biases)} == {jnp.dtype("bfloat16")}
+        shapes.append((query.shape, key.shape, *(x.shape for x in biases)))
+        return true(query, key, value, bias, **options)
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", library)
@@ -68,16 +69,55 @@ def test_the_fused_form_is_the_plain_one_over_any_leading_axes(tokens, fused_cal
 
 
 @pytest.mark.parametrize(
+    ("shape", "seen"),
+    [
+        ((2, 5, 5), (1, 2, 6, 6)),  # of Swin's windows that are not shifted, and BEiT's
+        ((3, 2, 5, 5), (6, 2, 6, 6)),  # each of three windows has its own
+        ((1, 1, 1, 5, 5), (1, 2, 6, 6)),
+    ],
+)
+def test_a_bias_and_its_gradient_go_through_the_fused_form(shape, seen, fused_calls, monkeypatch):
+    *arrays, bias = draw(*[(2, 3, 5, 2, 8)] * 3, shape)
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
+
+    def value_and_gradients():
+        def loss(arrays, bias):
+            out, _ = attend(*arrays, scale=0.3, bias=bias, want_weights=False)
+            return (out.astype(jnp.float32) ** 2).sum(), out
+
+        return quick(jax.grad(loss, (0, 1), has_aux=True))(arrays, bias)
+
+    fused.cudnn.clear_cache()
+    found = value_and_gradients()
+    assert fused_calls == [((6, 6, 2, 8), (6, 6, 2, 8), seen)]
+    monkeypatch.setenv(fused.VARIABLE, "plain")
+    wanted = value_and_gradients()
+    for got, right in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert got.shape == right.shape
+        difference = got.astype(jnp.float32) - right.astype(jnp.float32)
+        assert jnp.linalg.norm(difference) < 0.03 * jnp.linalg.norm(right.astype(jnp.float32))
+
+
+def test_a_bias_of_each_row_stays_plain_where_devices_share_the_rows(monkeypatch):
+    monkeypatch.setattr(fused, "platform", lambda: "gpu")
+    x = jax.ShapeDtypeStruct((2, 3, 5, 2, 8), jnp.bfloat16)
+    of_all, of_each = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 5, 5), (3, 2, 5, 5)))
+    assert fused.kernel(x, x, of_each) is fused.cudnn
+    with jax.set_mesh(jax.make_mesh((2, 1, 1), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)):
+        assert fused.kernel(x, x, of_all) is fused.cudnn
+        assert fused.kernel(x, x, of_each) is None
+
+
+@pytest.mark.parametrize(
     ("fields", "arguments"),
     [
         ({"dtype": jnp.float32}, {}),
         ({"heads": 4}, {}),  # of 4 channels
         ({"dropout": 0.5}, {"train": True, "rngs": {"dropout": jax.random.key(0)}}),
         ({}, {"mask": np.tri(5, dtype=bool)}),
-        ({}, {"bias": np.ones((2, 5, 5), np.float32)}),
         ({}, {"mutable": ["intermediates"]}),
     ],
-    ids=["float32", "narrow heads", "dropout", "mask", "bias", "weights wanted"],
+    ids=["float32", "narrow heads", "dropout", "mask", "weights wanted"],
 )
 def test_what_the_fused_form_cannot_do_stays_plain(fields, arguments, fused_calls):
     module = Attention(**{"heads": 2, "dtype": jnp.bfloat16} | fields)
@@ -128,7 +168,7 @@ def test_the_kernel_of_a_tpu_is_the_plain_form(queries, keys, axes, on_a_tpu):
         names = ("data", "fsdp", "tensor")
         mesh = jax.set_mesh(jax.make_mesh(axes, names, (AxisType.Auto,) * 3))
     with mesh:
-        found = all_of(fused.pallas)
+        found = all_of(partial(fused.pallas, bias=None))
     wanted = all_of(lambda *arrays, scale: attend(*arrays, scale=scale)[0])
     chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5)
 
@@ -146,7 +186,7 @@ def test_the_kernel_of_a_tpu_is_for_many_keys_and_whole_rows(shape, least, fits,
     monkeypatch.setattr(fused, "LEAST", least)
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     with jax.set_mesh(jax.make_mesh((2, 1, 1), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)):
-        assert (fused.kernel(x, x) is fused.pallas) == fits
+        assert (fused.kernel(x, x, None) is fused.pallas) == fits
 
 
 def test_the_platform_is_that_of_the_mesh_around():

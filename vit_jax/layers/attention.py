@@ -48,11 +48,10 @@ def attend(
       The attended values [..., N, A, D] and the weights [..., A, N, M], which cost nothing where
       they are not used; None in their place where a fused form keeps none.
     """
-    bare = bias is None and mask is None and dropout is None
-    if fused.form() == "fused" and bare and not want_weights:
-        kernel = fused.kernel(query, key)
+    if fused.form() == "fused" and mask is None and dropout is None and not want_weights:
+        kernel = fused.kernel(query, key, bias)
         if kernel is not None:
-            return kernel(query, key, value, scale=scale), None
+            return kernel(query, key, value, bias, scale=scale), None
     query = rearrange(query * scale, "... n a d -> ... a n d")
     key = rearrange(key, "... m a d -> ... a m d")
     value = rearrange(value, "... m a d -> ... a m d")

@@ -23,9 +23,9 @@ def form() -> str:
     """The form of attention that this process is told to compute where it fits, of `FORMS`.
 
     "fused" is cuDNN's kernel on an NVIDIA GPU and Pallas' on a TPU. Both are for float16 and
-    bfloat16, heads of a multiple of 8 up to 128 channels, and attention without bias, mask and
-    dropout whose weights nobody looks at; everything else stays plain. Not the default: neither
-    was ever run, for want of the machines.
+    bfloat16, heads of a multiple of 8 up to 128 channels, and attention without mask and dropout
+    whose weights nobody looks at, that of a TPU without bias; everything else stays plain. Not the
+    default: neither was ever run, for want of the machines.
 
     Raises:
       ConfigError: if `VIT_JAX_ATTENTION` names no form.
@@ -36,26 +36,33 @@ def form() -> str:
     return name
 
 
-def kernel(query: Array, key: Array) -> Callable[..., jax.Array] | None:
-    """What computes attention without bias, mask and dropout of arrays like these.
+def kernel(query: Array, key: Array, bias: Array | None) -> Callable[..., jax.Array] | None:
+    """What computes attention without mask and dropout of arrays like these.
 
     Args:
       query: [..., N, A, D].
       key: [..., M, A, D].
+      bias: broadcasts to [..., A, N, M].
 
     Returns:
-      A function of (query, key, value, scale) that gives the attended values, in the shapes of
-      `attention.attend`; None where that is the plain form.
+      A function of (query, key, value, bias, scale) that gives the attended values, in the shapes
+      of `attention.attend`; None where that is the plain form.
     """
     channels, half = query.shape[-1], query.dtype in (jnp.float16, jnp.bfloat16)
     if not half or channels % 8 or channels > 128:
         return None
     machine = platform()
     if machine == "gpu":
-        return cudnn
-    if machine == "tpu" and key.shape[-3] >= LEAST and _divides(query):
+        # Devices that share the rows would have to share those of the bias.
+        alone = jax.sharding.get_abstract_mesh().size <= 1
+        return cudnn if bias is None or alone or _of_all_rows(bias) else None
+    if machine == "tpu" and bias is None and key.shape[-3] >= LEAST and _divides(query):
         return pallas
     return None
+
+
+def _of_all_rows(bias: Array) -> bool:
+    return math.prod(bias.shape[:-3]) == 1
 
 
 def platform() -> str:
@@ -75,15 +82,17 @@ def _divides(query: Array) -> bool:
 def _named(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """The function, compiled as one, under the name that `cost.count` knows."""
 
-    def fused_attention(query: Array, key: Array, value: Array, scale: float) -> jax.Array:
-        return attend(query, key, value, scale)
+    def fused_attention(
+        query: Array, key: Array, value: Array, bias: Array | None, scale: float
+    ) -> jax.Array:
+        return attend(query, key, value, bias, scale)
 
     return jax.jit(fused_attention, static_argnames="scale")
 
 
 @_named
-def cudnn(query: Array, key: Array, value: Array, scale: float) -> jax.Array:
-    """By `jax.nn.dot_product_attention`; as `kernel` says."""
+def cudnn(query: Array, key: Array, value: Array, bias: Array | None, scale: float) -> jax.Array:
+    """By `jax.nn.dot_product_attention`; as `kernel` says. The bias is added in `query`'s dtype."""
     queries, keys = (x.shape[-3] for x in (query, key))
     rows = math.prod(query.shape[:-3])
     # JAX refuses the gradient of an odd number of tokens; one more, which is not looked at.
@@ -99,14 +108,21 @@ def cudnn(query: Array, key: Array, value: Array, scale: float) -> jax.Array:
         x = x.reshape(rows, *x.shape[-3:])
         return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
 
+    if bias is not None:
+        leading = () if _of_all_rows(bias) else query.shape[:-3]
+        whole = (*leading, query.shape[-2], queries, keys)
+        bias = bias.reshape(bias.shape[-3:]) if not leading else bias
+        bias = jnp.broadcast_to(bias.astype(query.dtype), whole)
+        bias = bias.reshape(-1, *whole[-3:])  # [1 or rows, A, N, M]
+        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, queries % 2), (0, keys % 2)))
     attended = jax.nn.dot_product_attention(
-        even(query), even(key), even(value), scale=scale, implementation="cudnn", **lengths
+        even(query), even(key), even(value), bias, scale=scale, implementation="cudnn", **lengths
     )
     return attended[:, :queries].reshape(query.shape)
 
 
 @_named
-def pallas(query: Array, key: Array, value: Array, scale: float) -> jax.Array:
+def pallas(query: Array, key: Array, value: Array, bias: None, scale: float) -> jax.Array:
     """By `flash_attention` of Pallas, on each device of a mesh by itself; as `kernel` says."""
     # Imported late: it takes half a second, and nobody else wants it.
     from jax.experimental.pallas.ops.tpu.flash_attention import SegmentIds, flash_attention
