@@ -1,6 +1,7 @@
 """What do small detectors and segmenters learn from scratch on a laptop?
 
 python experiments/dense.py scenes [--only=setr,upernet] [--out=runs/scenes]
+python experiments/dense.py scenes --only=setr_longer
 python experiments/dense.py bccd --data_dir=TFDS
 python experiments/dense.py camvid --data_dir=TFDS
 
@@ -30,15 +31,17 @@ COLORS = ("#D55E00", "#009E73", "#56B4E9", "#0072B2", "#CC79A7", "#E69F00", "#00
 
 @dataclass(frozen=True)
 class Trained:
-    """A config to train, and which numbers are shown."""
+    """A config to train, which numbers are shown, and what is changed, only where it is named."""
 
     config: str
     shown: tuple[str, ...]
+    changes: tuple[str, ...] = ()
 
 
 STUDIES = {
     "scenes": {
         "setr": Trained("setr.py", SEGMENTED),
+        "setr_longer": Trained("setr.py", SEGMENTED, ("steps=17600",)),
         "upernet": Trained("upernet.py", SEGMENTED),
         "detr": Trained("detr.py", DETECTED),
     },
@@ -59,6 +62,7 @@ def train(run: Trained, workdir: Path, data_dir: Path | None) -> dict:
     """Trains one config; what it reached and how long it took."""
     command = [sys.executable, "-m", "vit_jax.main", f"--config=configs/{run.config}"]
     command += [f"--config.data.data_dir={data_dir}"] * (data_dir is not None)
+    command += [f"--config.{change}" for change in run.changes]
     command.append(f"--workdir={workdir}")
     began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True)
@@ -97,7 +101,9 @@ def plot(study: str, results: dict[str, dict], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--only", default="", help="names, comma between; default: all")
+    parser.add_argument(
+        "--only", default="", help="names, comma between; default: the short ones"
+    )
     parser.add_argument("--data_dir", type=Path, help="where TFDS keeps the data")
     parser.add_argument("--out", type=Path, help="default: runs/STUDY")
     arguments = parser.parse_args()
@@ -105,7 +111,8 @@ def main() -> None:
     folder = Path(__file__).parent / study
     kept = folder / "result.json"  # what ran before stays beside what ran now
     results = json.loads(kept.read_text()) if kept.exists() else {}
-    for name in arguments.only.split(",") if arguments.only else STUDIES[study]:
+    usual = [name for name, run in STUDIES[study].items() if not run.changes]
+    for name in arguments.only.split(",") if arguments.only else usual:
         results[name] = train(STUDIES[study][name], out / name, arguments.data_dir)
         folder.mkdir(exist_ok=True)
         kept.write_text(json.dumps(results, indent=1) + "\n")
