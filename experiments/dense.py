@@ -101,9 +101,7 @@ def plot(study: str, results: dict[str, dict], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument(
-        "--only", default="", help="names, comma between; default: the short ones"
-    )
+    parser.add_argument("--only", default="", help="names, comma between; default: the short ones")
     parser.add_argument("--data_dir", type=Path, help="where TFDS keeps the data")
     parser.add_argument("--out", type=Path, help="default: runs/STUDY")
     arguments = parser.parse_args()
