@@ -88,7 +88,7 @@ def plot(study: str, results: dict[str, dict], file: Path) -> None:
         last = result["curve"][-1]["split"]
         rows = [r for r in result["curve"] if r["split"] == last]
         for key in STUDIES[study][name].shown:
-            minutes = result.get("processor_seconds", 2 * result["seconds"]) / 120
+            minutes = result["processor_seconds"] / 120
             label = f"{name}: {key} {rows[-1][key]:.3f} in {minutes:.0f} min of two cores"
             x, y = [r["step"] for r in rows], [r[key] for r in rows]
             axes.plot(x, y, LINES[key], marker="o", color=color, label=label)
