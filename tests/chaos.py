@@ -13,6 +13,7 @@ stopped. The exit status is 1 if a promise was broken.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
@@ -103,8 +104,11 @@ class Life:
 
     def unfinished(self) -> set[str]:
         """Checkpoints that are being written, or whose writing was cut short."""
-        found = (self.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*")
-        return {f"{p.name} {p.stat().st_ino}" for p in found if p.exists()}
+        found = set()
+        for path in (self.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
+            with contextlib.suppress(FileNotFoundError):  # finished meanwhile
+                found.add(f"{path.name} {path.stat().st_ino}")
+        return found
 
     def reached(self) -> int:
         """The last step that has a row."""
