@@ -365,11 +365,15 @@ def camvid(config: ConfigDict) -> None:
 def masks(config: ConfigDict) -> None:
     """Pictures of one's own with masks (`vit_jax/data/masks.py`) in `data.data_dir`.
 
-    Squares of 256 pixels out of pictures whose short side is that long.
+    Squares of 256 pixels out of pictures whose short side is that long; 100 epochs in batches of
+    8, from scratch.
     """
     shapes = ((256, 384), (384, 256), (384, 384), (512, 512))
     sizes = {"crop": 256, "short": 256, "longest": 512, "shapes": shapes}
     segments(config, "masks", **sizes, statistics=IMAGENET)
+    muon(config, convolutions=True)
+    config.epochs, config.batch_size, config.learning_rate = 100.0, 8, 2e-3
+    config.schedule.warmup_epochs = 2.0
 
 
 def ade20k(config: ConfigDict, target: str) -> None:

@@ -65,9 +65,6 @@ def folder(config):
     """Pictures of one's own with masks in `data.data_dir`, from scratch."""
     common.masks(config)
     behind_root(config)
-    common.muon(config, convolutions=True)
-    config.epochs, config.batch_size, config.learning_rate = 100.0, 8, 2e-3
-    config.schedule.warmup_epochs = 2.0
 
 
 def ade20k(config):

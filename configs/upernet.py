@@ -77,9 +77,6 @@ def folder(config):
     """Pictures of one's own with masks in `data.data_dir`, from scratch."""
     common.masks(config)
     small(config, depths=(2, 2, 2, 2), features=48)
-    common.muon(config, convolutions=True)
-    config.epochs, config.batch_size, config.learning_rate = 100.0, 8, 2e-3
-    config.schedule.warmup_epochs = 2.0
 
 
 def finetune(config):

@@ -18,7 +18,8 @@ def flops(function: Callable, *abstract_args: Any) -> int:
     padding included and with those that a dilation puts between inputs not; anything elementwise
     (activations, norms, softmax, sums) counts nothing. A loop of known length counts all its
     rounds, a `while` one round, a choice its dearest branch: what is written once for each
-    platform, such as a depthwise convolution, counts as the dearest of its forms. The program is
+    platform, such as a depthwise convolution, counts as the dearest of its forms. A fused
+    attention counts the two products of the plain one. The program is
     taken as traced, before a compiler leaves out what nobody reads.
 
     Papers that count multiply-adds as one operation give half of this number.

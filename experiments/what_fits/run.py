@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 BATCH, TOPOLOGY = 64, "v5e:1x1"
 REMAT, DTYPE, PARTS, OPTIMIZER = "model.backbone.remat", "dtype", "accumulate", "optimizer.name"
 SIZE = "image_size"
+ATTENTION = "VIT_JAX_ATTENTION"  # of the environment; the others are of the config
 ROWS: dict[str, dict[str, Any]] = {
     "float32": {DTYPE: "float32"},
     "bfloat16": {},
@@ -27,16 +28,16 @@ ROWS: dict[str, dict[str, Any]] = {
     "bfloat16, all made again": {REMAT: True},
     "bfloat16, all made again, Adafactor": {REMAT: True, OPTIMIZER: "adafactor"},
     "bfloat16, 8 at a time, 512x512 pixels": {PARTS: 8, SIZE: 512},
-    "the same, fused attention": {PARTS: 8, SIZE: 512},
+    "the same, fused attention": {PARTS: 8, SIZE: 512, ATTENTION: "fused"},
 }
 
 
-def study(name: str) -> dict[str, Any]:
+def study(change: dict[str, Any]) -> dict[str, Any]:
     """What `vit_jax.plan` says of a row."""
-    form = {"VIT_JAX_ATTENTION": "fused" if "fused" in name else "plain"}
+    form = {ATTENTION: change.get(ATTENTION, "plain")}
     command = [sys.executable, "-m", "vit_jax.plan", "--config=experiments/launch/pod.py:l16"]
     command += [f"--topology={TOPOLOGY}", "--seconds=0", "--json", f"--config.batch_size={BATCH}"]
-    command += [f"--config.{key}={value}" for key, value in ROWS[name].items()]
+    command += [f"--config.{key}={value}" for key, value in change.items() if key not in form]
     done = subprocess.run(
         command, cwd=HERE.parent.parent, capture_output=True, env=os.environ | form, text=True
     )
@@ -82,9 +83,9 @@ def main() -> None:
     file = parser.parse_args().out / "result.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(file.read_text()) if file.exists() else {}
-    for number, name in enumerate(ROWS, 1):
+    for number, (name, change) in enumerate(ROWS.items(), 1):
         if name not in results:
-            results[name] = study(name)
+            results[name] = study(change)
             file.write_text(json.dumps(results, indent=1) + "\n")
         peak = results[name]["memory"]["peak"] / 1e9
         print(f"{number}/{len(ROWS)} | {name}: {peak:.1f} GB", flush=True)

@@ -8,15 +8,12 @@ import numpy as np
 import optax
 import pytest
 from jax.experimental import pallas as pl
-from jax.sharding import AxisType
 
 from vit_jax import cost
 from vit_jax.errors import ConfigError
 from vit_jax.layers import fused
 from vit_jax.layers.attention import Attention, attend
-
-# Less optimised code is compiled in half the time.
-quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+from vit_jax.mesh import make_mesh
 
 
 def draw(*shapes, seed=0):
@@ -47,14 +44,14 @@ def fused_calls(monkeypatch):
 def test_the_fused_form_is_the_plain_one_over_any_leading_axes(tokens, fused_calls, monkeypatch):
     x, other = (jnp.asarray(x, jnp.bfloat16) for x in draw((2, 3, 5, 16), (2, 3, tokens, 16)))
     module = Attention(heads=2, scale=0.2, dtype=jnp.bfloat16)
-    variables = quick(partial(module.init, train=False))(jax.random.key(0), x, other)
+    variables = jax.jit(partial(module.init, train=False))(jax.random.key(0), x, other)
 
     def value_and_gradient():
         def loss(variables):
             out = module.apply(variables, x, other, train=True)
             return (out.astype(jnp.float32) ** 2).sum(), out
 
-        return quick(jax.grad(loss, has_aux=True))(variables)
+        return jax.jit(jax.grad(loss, has_aux=True))(variables)
 
     fused.cudnn.clear_cache()
     fused_calls.clear()
@@ -85,7 +82,7 @@ def test_a_bias_and_its_gradient_go_through_the_fused_form(shape, seen, fused_ca
             out, _ = attend(*arrays, scale=0.3, bias=bias, want_weights=False)
             return (out.astype(jnp.float32) ** 2).sum(), out
 
-        return quick(jax.grad(loss, (0, 1), has_aux=True))(arrays, bias)
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(arrays, bias)
 
     fused.cudnn.clear_cache()
     found = value_and_gradients()
@@ -103,7 +100,7 @@ def test_a_bias_of_each_row_stays_plain_where_devices_share_the_rows(monkeypatch
     x = jax.ShapeDtypeStruct((2, 3, 5, 2, 8), jnp.bfloat16)
     of_all, of_each = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 5, 5), (3, 2, 5, 5)))
     assert fused.kernel(x, x, of_each) is fused.cudnn
-    with jax.set_mesh(jax.make_mesh((2, 1, 1), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)):
+    with jax.set_mesh(make_mesh({"data": 2})):
         assert fused.kernel(x, x, of_all) is fused.cudnn
         assert fused.kernel(x, x, of_each) is None
 
@@ -149,7 +146,7 @@ def on_a_tpu(monkeypatch):
 
 @pytest.mark.parametrize(
     ("queries", "keys", "axes"),
-    [(7, 9, None), (3, 128, (2, 1, 1)), (5, 6, (1, 1, 2))],
+    [(7, 9, None), (3, 128, {"data": 2}), (5, 6, {"tensor": 2})],
     ids=["one device", "rows on two devices", "heads on two devices"],
 )
 def test_the_kernel_of_a_tpu_is_the_plain_form(queries, keys, axes, on_a_tpu):
@@ -161,13 +158,9 @@ def test_the_kernel_of_a_tpu_is_the_plain_form(queries, keys, axes, on_a_tpu):
             out, pull = jax.vjp(partial(function, scale=0.3), *arrays)
             return out, pull(jnp.cos(out))
 
-        return quick(both)(arrays)
+        return jax.jit(both)(arrays)
 
-    mesh = contextlib.nullcontext()
-    if axes is not None:
-        names = ("data", "fsdp", "tensor")
-        mesh = jax.set_mesh(jax.make_mesh(axes, names, (AxisType.Auto,) * 3))
-    with mesh:
+    with contextlib.nullcontext() if axes is None else jax.set_mesh(make_mesh(axes)):
         found = all_of(partial(fused.pallas, bias=None))
     wanted = all_of(lambda *arrays, scale: attend(*arrays, scale=scale)[0])
     chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5)
@@ -185,13 +178,14 @@ def test_the_kernel_of_a_tpu_is_for_many_keys_and_whole_rows(shape, least, fits,
     monkeypatch.setattr(fused, "platform", lambda: "tpu")
     monkeypatch.setattr(fused, "LEAST", least)
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    with jax.set_mesh(jax.make_mesh((2, 1, 1), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)):
+    with jax.set_mesh(make_mesh({"data": 2})):
         assert (fused.kernel(x, x, None) is fused.pallas) == fits
 
 
-def test_the_platform_is_that_of_the_mesh_around():
-    assert fused.platform() == "cpu"
-    with jax.set_mesh(jax.make_mesh((1,), ("data",), (AxisType.Auto,))):
+def test_the_platform_is_that_of_the_mesh_around(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert fused.platform() == "gpu"
+    with jax.set_mesh(make_mesh()):
         assert fused.platform() == "cpu"
 
 

@@ -62,6 +62,7 @@ def kernel(query: Array, key: Array, bias: Array | None) -> Callable[..., jax.Ar
 
 
 def _of_all_rows(bias: Array) -> bool:
+    """Whether a bias of [..., A, N, M] is the same for all rows."""
     return math.prod(bias.shape[:-3]) == 1
 
 
@@ -109,11 +110,11 @@ def cudnn(query: Array, key: Array, value: Array, bias: Array | None, scale: flo
         return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
 
     if bias is not None:
-        leading = () if _of_all_rows(bias) else query.shape[:-3]
-        whole = (*leading, query.shape[-2], queries, keys)
-        bias = bias.reshape(bias.shape[-3:]) if not leading else bias
-        bias = jnp.broadcast_to(bias.astype(query.dtype), whole)
-        bias = bias.reshape(-1, *whole[-3:])  # [1 or rows, A, N, M]
+        leading, weights = query.shape[:-3], (query.shape[-2], queries, keys)
+        if _of_all_rows(bias):
+            leading, bias = (1,), bias.reshape(bias.shape[-3:])
+        bias = jnp.broadcast_to(bias.astype(query.dtype), (*leading, *weights))
+        bias = bias.reshape(-1, *weights)  # [1 or rows, A, N, M]
         bias = jnp.pad(bias, ((0, 0), (0, 0), (0, queries % 2), (0, keys % 2)))
     attended = jax.nn.dot_product_attention(
         even(query), even(key), even(value), bias, scale=scale, implementation="cudnn", **lengths
