@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from vit_jax import programs
 from vit_jax.layers import norm
 from vit_jax.layers.norm import BatchNorm, GroupNorm, LayerNorm, layer_norm
 
@@ -35,6 +36,26 @@ def test_equals_flax_in_value_and_all_gradients(shape):
     chex.assert_trees_all_close(
         got, value_and_gradients(flax, x, scale, bias), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 5), (1, 3, 4, 6), (6,)], ids=str)
+def test_without_gradients_it_is_the_same(shape):
+    x = 3 * normal(0, *shape) + 1.5
+    scale, bias = 1 + 0.3 * normal(1, shape[-1]), normal(2, shape[-1])
+    got = jax.jit(partial(layer_norm, epsilon=1e-5))(x, scale, bias)
+    chex.assert_trees_all_close(got, flax(x, scale, bias), rtol=1e-5, atol=1e-5)
+
+
+def test_a_cpu_does_not_make_one_kernel_of_a_norm_and_the_product_behind_it():
+    x, kernel = normal(0, 8, 784, 16), normal(1, 16, 16)
+
+    def forward(x, kernel):
+        return layer_norm(x, kernel[0], kernel[1], 1e-5) @ kernel
+
+    lowered = jax.jit(forward).lower(x, kernel)
+    text = lowered.compile(programs.options("cpu")).as_text()
+    entry = text[text.index("ENTRY") :]
+    assert text.count(" dot(") == entry.count(" dot(") == 1
 
 
 def test_what_other_processors_compute_is_what_a_cpu_does():

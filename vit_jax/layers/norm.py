@@ -1,6 +1,7 @@
 """Layer, batch and group normalisation with gradients in the form that the backend runs fastest."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,8 @@ def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> jax.Array
 
     The gradient is written out, because a CPU otherwise stores the scale as often as there are
     tokens and passes over them three times as often as it needs to. Differentiable in reverse mode.
+    Where no gradient is asked for, a CPU's compiler is kept from making one kernel of the sums and
+    of the products before and behind them, in which the products are slower.
 
     Args:
       x: [..., D].
@@ -71,7 +74,14 @@ def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> jax.Array
     Returns:
       [..., D], float32.
     """
-    return _forward(x, scale, bias, epsilon)[0]
+    apart = partial(jax.lax.platform_dependent, cpu=jax.lax.optimization_barrier, default=_same)
+    x = apart(x)
+    mean, variance = apart(_moments(x, -1))
+    return _scaled(x, mean, jax.lax.rsqrt(variance + epsilon), scale, bias)
+
+
+def _same(x: Any) -> Any:
+    return x
 
 
 def _forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[jax.Array, tuple]:
