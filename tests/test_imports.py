@@ -43,7 +43,7 @@ CORE = frozenset(
             "faults",
         ),
         *("interrupt", "keys", "targets", "watchdog", "lock", "broken", "processes", "standin"),
-        *("programs", "worker", "bucket", "children"),
+        *("programs", "heap", "worker", "bucket", "children"),
         "data.pipeline",
     }
 )

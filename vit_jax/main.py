@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vit_jax import bucket, children, command, faults, interrupt, keys, programs, targets
+from vit_jax import bucket, children, command, faults, heap, interrupt, keys, programs, targets
 from vit_jax.build import flatten
 from vit_jax.errors import ConfigError, nearest
 
@@ -201,6 +201,7 @@ def _resolve(argv: list[str]) -> tuple[list[str], str]:
 def _start(argv: list[str]) -> int:
     """Calls what the command line asks for; heavy imports wait until it is known to be right."""
     command.quiet()
+    heap.keep()
     programs.keep()
     (config, workdir, mode, dry), others = parse(argv), meeting(argv)
     faults.read()  # a misspelt one is as wrong as a misspelt flag

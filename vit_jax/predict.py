@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax import command, programs
+from vit_jax import command, heap, programs
 from vit_jax.errors import ConfigError, DataError
 from vit_jax.stream import predict, task_of
 
@@ -183,6 +183,7 @@ def main(argv: list[str] | None = None) -> int:
         _check(options)
         files = pictures_of(options.places)
         command.quiet()
+        heap.keep()
         programs.keep()
         from vit_jax.pretrained.load import load
 

@@ -17,7 +17,7 @@ import optax
 from flax import linen as nn
 
 import vit_jax
-from vit_jax import cost, programs, step
+from vit_jax import cost, heap, programs, step
 from vit_jax.build import build, named_sizes
 from vit_jax.errors import ConfigError, DataError
 from vit_jax.pretrained import hf
@@ -276,4 +276,5 @@ def published(module: nn.Module) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    heap.keep()
     serve(Ours)

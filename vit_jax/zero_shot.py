@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax import command, programs
+from vit_jax import command, heap, programs
 from vit_jax.errors import ConfigError
 
 USAGE = """Classifies a dataset's held-out pictures by the names of its classes alone, with a model
@@ -234,6 +234,7 @@ def main(argv: list[str] | None = None) -> int:
         templates = lines_of(options.templates, "templates") if options.templates else [TEMPLATE]
         names = lines_of(options.names, "names") if options.names else None
         command.quiet()
+        heap.keep()
         programs.keep()
         from vit_jax.data import pipeline
         from vit_jax.pretrained.load import load

@@ -1,0 +1,66 @@
+"""Memory that a process on a CPU keeps for its next step, instead of asking the system anew."""
+
+import ctypes
+import functools
+import importlib.util
+import os
+import sys
+
+# Of glibc's malloc.h and Linux' mman.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+MADV_HUGEPAGE = 14
+HUGE = 2**21  # bytes of such a page
+SHARE = 4  # of the machine's memory, one part of so many lies in pages of that size
+
+
+@functools.cache
+def keep() -> bool:
+    """Has the C library keep what is freed, and lie in pages of 2 MB where the system has them.
+
+    XLA asks for a program's temporary memory at each call and frees it after; the C library would
+    hand pieces of more than 32 MB back to the system, which fills each page with zeros the next
+    time: a tenth of a training step's processor time. Memory is reserved here by address only, so
+    that a process is as large as it was at its largest, and no larger. What it is worth:
+    experiments/benchmarks.
+
+    To be called before the first program runs: memory that belongs to a thread cannot be kept.
+
+    Returns:
+      Whether it was done. Not for programs of an accelerator, whose memory is its own; not where
+      the C library is not glibc; and not where the user has set how it allocates
+      (`MALLOC_ARENA_MAX` and its like, `GLIBC_TUNABLES`, or another library by `LD_PRELOAD`).
+    """
+    if not (sys.platform.startswith("linux") and _for_cpu()) or _told():
+        return False
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version"):
+        return False
+    done = [
+        library.mallopt(name, value)
+        for name, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1))
+    ]
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // SHARE
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
+    library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    place = library.malloc(size)
+    if place is not None:  # else this process may not have so much, and does with small pages
+        aligned = place + -place % HUGE
+        library.madvise(aligned, place + size - aligned, MADV_HUGEPAGE)
+        library.free(place)  # it stays with the heap, and nothing of it was touched
+    return all(done)
+
+
+def _for_cpu() -> bool:
+    """Whether JAX will compute on a CPU, told without a start of JAX."""
+    named = os.environ.get("JAX_PLATFORMS")
+    if named:
+        return named == "cpu"
+    return not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
+
+
+def _told() -> bool:
+    """Whether the user has said how memory is to be allocated."""
+    variables = (os.environ.get(name, "") for name in ("GLIBC_TUNABLES", "LD_PRELOAD"))
+    named = any(name.startswith("MALLOC_") for name in os.environ)
+    return named or any("malloc" in value for value in variables)
