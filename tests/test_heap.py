@@ -67,6 +67,12 @@ def test_only_programs_of_a_cpu_keep_memory(plain):
     assert not heap.keep()
 
 
+def test_nothing_is_reserved_where_addresses_are_limited(plain):
+    limit = (8 * 2**30, heap.resource.RLIM_INFINITY)
+    plain.setattr(heap.resource, "getrlimit", lambda kind: limit)
+    assert not heap.keep()
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

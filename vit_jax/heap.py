@@ -4,7 +4,9 @@ import ctypes
 import functools
 import importlib.util
 import os
+import resource
 import sys
+from pathlib import Path
 
 # Of glibc's malloc.h and Linux' mman.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
@@ -19,18 +21,20 @@ def keep() -> bool:
 
     XLA asks for a program's temporary memory at each call and frees it after; the C library would
     hand pieces of more than 32 MB back to the system, which fills each page with zeros the next
-    time: a tenth of a training step's processor time. Memory is reserved here by address only, so
-    that a process is as large as it was at its largest, and no larger. What it is worth:
-    experiments/benchmarks.
+    time: a tenth of a training step's processor time. Memory is reserved here by address only. The
+    process then stays as large as it was at its largest, which may be a step's temporaries more
+    than without. What it is worth: experiments/benchmarks.
 
-    To be called before the first program runs: memory that belongs to a thread cannot be kept.
+    To be called before the first program runs: a thread that has allocated in a heap of its own
+    goes on there.
 
     Returns:
       Whether it was done. Not for programs of an accelerator, whose memory is its own; not where
-      the C library is not glibc; and not where the user has set how it allocates
-      (`MALLOC_ARENA_MAX` and its like, `GLIBC_TUNABLES`, or another library by `LD_PRELOAD`).
+      the C library is not glibc; not where addresses are limited or counted as memory; and not
+      where the user has set how it allocates (`MALLOC_ARENA_MAX` and its like, `GLIBC_TUNABLES`,
+      or another library by `LD_PRELOAD`).
     """
-    if not (sys.platform.startswith("linux") and _for_cpu()) or _told():
+    if not (sys.platform.startswith("linux") and _for_cpu() and _addresses_are_free()) or _told():
         return False
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
@@ -44,7 +48,7 @@ def keep() -> bool:
     library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
     library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     place = library.malloc(size)
-    if place is not None:  # else this process may not have so much, and does with small pages
+    if place is not None:  # else it has to do with small pages
         aligned = place + -place % HUGE
         library.madvise(aligned, place + size - aligned, MADV_HUGEPAGE)
         library.free(place)  # it stays with the heap, and nothing of it was touched
@@ -57,6 +61,13 @@ def _for_cpu() -> bool:
     if named:
         return named == "cpu"
     return not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
+
+
+def _addresses_are_free() -> bool:
+    """Whether a process may reserve what it does not use: no `ulimit -v`, no strict accounting."""
+    rule = Path("/proc/sys/vm/overcommit_memory")
+    strict = rule.is_file() and rule.read_text().strip() == "2"
+    return not strict and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
 
 def _told() -> bool:
