@@ -257,6 +257,8 @@ def test_a_configs_steps_and_pipeline_are_measured_by_one_command(capsys):
         assert row["sides"]["ours"]["images_per_second"] > 0
     assert 0 < found["rows"][0]["sides"]["ours"]["of_machine"] < 1
     assert found["rows"][2]["sides"]["ours"]["shape"] == [8, 16, 16, 3]
+    assert found["machine"]["cores"] == os.cpu_count()
+    assert found["machine"]["processor"] == benchmark.processor() != ""
 
 
 @pytest.mark.slow

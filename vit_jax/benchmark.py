@@ -302,7 +302,8 @@ def benchmark(
             say(f"measuring the machine: products of large matrices in {dtype}")
             rates = {n: workers[n].ask(do="rate", dtype=dtype)["flops"] for n in workers}
         machine = {"python": platform.python_version(), "cores": os.cpu_count()}
-        machine |= {"system": platform.machine(), "commit": _commit(), "flops": rates}
+        machine |= {"processor": processor(), "system": platform.machine()}
+        machine |= {"commit": _commit(), "flops": rates}
         for order in orders(options, config):
             told = f"{_title(order)}: "
             row = measure(
@@ -328,6 +329,16 @@ def _add_share(row: dict[str, Any], rates: Mapping[str, float]) -> None:
     for side in row["sides"].values():
         if "images_per_second" in side:
             side["of_machine"] = flops * side["images_per_second"] / best
+
+
+def processor() -> str:
+    """The processor's name as the system tells it: a library may suit one and not another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str:
@@ -412,9 +423,10 @@ def main(argv: list[str] | None = None) -> int:
         if options.json:
             print(json.dumps(found, indent=2))
             return 0
-        rates = found["machine"]["flops"]
-        for name, rate in rates.items():
-            print(f"the machine multiplies matrices at {rate / 1e9:,.0f} GFLOP/s ({name})")
+        machine = found["machine"]
+        for name, rate in machine["flops"].items():
+            print(f"large matrices are multiplied at {rate / 1e9:,.0f} GFLOP/s ({name})")
+        print(f"on {machine['cores']} cores, {machine['processor']}")
         return 0
 
     return command.guard(body)

@@ -6,7 +6,8 @@
     python experiments/benchmarks/run.py gpu --peer_python=PATH       under 8 minutes on one GPU
 
 PATH is a Python with torch, transformers and timm. Each part writes its numbers to result.json and
-draws all of them again, so that parts can be run on their own; what is there is kept.
+draws all of them again, so that parts can be run on their own; what is there is kept, other
+processors' numbers as well.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from vit_jax.benchmark import processor
 
 HERE = Path(__file__).parent
 RESULT = HERE / "result.json"
@@ -121,7 +124,8 @@ def start(options: argparse.Namespace) -> list[dict]:
             shutil.rmtree(workdir, ignore_errors=True)
         shutil.rmtree(programs)
         print({k: [round(t, 1) for t in v] for k, v in times.items()}, flush=True)
-    return [{"start": kind, "seconds": values} for kind, values in times.items()]
+    machine = {"cores": os.cpu_count(), "processor": processor()}
+    return [{"start": k, "seconds": values, "machine": machine} for k, values in times.items()]
 
 
 PARTS = {"cpu": cpu, "gpu": gpu, "input": read, "start": start}
@@ -133,7 +137,7 @@ def keep(part: str, rows: list[dict]) -> None:
 
     def title(row: dict) -> tuple:
         keys = ("model", "work", "batch_size", "dtype", "start", "attention")
-        return tuple(row.get(k) for k in keys)
+        return (row["machine"]["processor"], *(row.get(k) for k in keys))
 
     new = {title(row) for row in rows}
     found[part] = [row for row in found.get(part, []) if title(row) not in new] + rows
@@ -149,13 +153,15 @@ def best(row: dict) -> tuple[str, float] | None:
 
 def table(found: dict) -> str:
     """All numbers in Markdown."""
-    lines = ["| work | batch | ours, images/s | faster peer, images/s | ratio |", "|---" * 5 + "|"]
+    heads = ("processor", "work", "batch", "ours, images/s", "faster peer, images/s", "ratio")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for part in ("cpu", "gpu", "input"):
         for row in found.get(part, []):
             ours, name = row["sides"]["ours"], best(row)
             title = f"{row.get('model') or 'ImageNet pipeline'}, {row['work']}, {row['dtype']}"
             title += f", attention by {row['attention']}" if "attention" in row else ""
-            cells = [title, row["batch_size"], f"{ours['images_per_second']:.3g}"]
+            cells = [row["machine"]["processor"], title, row["batch_size"]]
+            cells.append(f"{ours['images_per_second']:.3g}")
             if name:
                 theirs = row["sides"][name[0]]["images_per_second"]
                 cells += [f"{theirs:.3g} ({name[0]})", f"**{name[1]:.2f}**"]
@@ -165,27 +171,33 @@ def table(found: dict) -> str:
     for row in found.get("start", []):
         middle = statistics.median(row["seconds"])
         title = f"`configs/cvt.py`, {row['start']}, to the first step"
-        lines.append(f"| {title} | 64 | {middle:.1f} s | | |")
+        lines.append(f"| {row['machine']['processor']} | {title} | 64 | {middle:.1f} s | | |")
     return "\n".join(lines)
 
 
 def draw(found: dict) -> None:
-    """Ratios as bars; the line is the peer."""
-    rows = [r for part in ("cpu", "gpu", "input") for r in found.get(part, []) if best(r)]
-    if not rows:
+    """Ratios as bars, a panel for each processor; the line is the peer."""
+    panels: dict[str, dict[str, float]] = {}
+    for row in (r for part in ("cpu", "gpu", "input") for r in found.get(part, []) if best(r)):
+        name = f"{row.get('model') or 'pipeline'}, {row['work']}, {row['batch_size']}"
+        panels.setdefault(row["machine"]["processor"], {})[name] = best(row)[1]
+    if not panels:
         return
-    figure = Figure(figsize=(7, 0.8 + 0.28 * len(rows)), layout="constrained")
+    names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+    size = (3 + 4 * len(panels), 0.9 + 0.28 * len(names))
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    names = [f"{r.get('model') or 'pipeline'}, {r['work']}, {r['batch_size']}" for r in rows]
-    values = [best(r)[1] for r in rows]
-    axes.barh(names, values, color=["#0072B2" if v >= 1 else "#D55E00" for v in values])
-    for place, value in enumerate(values):
-        axes.text(value, place, f" {value:.2f}", va="center", fontsize=8)
-    axes.axvline(1.0, color="black", linewidth=1)
-    axes.invert_yaxis()
-    axes.set_xlabel("our images/s over those of the faster of PyTorch eager and compiled")
-    axes.spines[["top", "right"]].set_visible(False)
+    grid = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)
+    for axes, (title, ratios) in zip(grid[0], panels.items(), strict=True):
+        values = [ratios.get(name, 0.0) for name in names]
+        axes.barh(names, values, color=["#0072B2" if v >= 1 else "#D55E00" for v in values])
+        for place, value in enumerate(values):
+            axes.text(value, place, f" {value:.2f}" if value else "", va="center", fontsize=8)
+        axes.axvline(1.0, color="black", linewidth=1)
+        axes.set_title(title, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].invert_yaxis()
+    figure.supxlabel("our images/s over those of the faster of PyTorch eager and compiled", size=10)
     figure.savefig(HERE / "ratios.png", dpi=120)
 
 
