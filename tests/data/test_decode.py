@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data.decode import decode
+from vit_jax.data.decode import decode, jpeg_size
 from vit_jax.errors import DataError
 
 H, W = 13, 20
@@ -137,13 +137,44 @@ def test_a_picture_beyond_pillows_own_limit_is_left_to_max_pixels():
         decode(data)
 
 
+@pytest.mark.parametrize(("orientation", "size"), [(1, (83, 117)), (3, (80, 120)), (6, (80, 120))])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_jpeg_can_be_decoded_to_fewer_pixels(orientation, size, mode):
+    y, x = np.mgrid[: size[0], : size[1]]
+    large = np.stack([x * 2, y * 3, 255 - x - y], -1).astype(np.uint8)
+    picture = Image.fromarray(large).convert(mode)
+    data = encoded(picture, "jpeg", quality=95, subsampling=0, exif=exif(orientation))
+    whole = decode(data)
+    assert jpeg_size(data) == whole.shape[:2] == (size[::-1] if orientation == 6 else size)
+    for reduced in (2, 4, 8):
+        got = decode(data, reduced=reduced)
+        height, width = (-(-side // reduced) for side in whole.shape[:2])
+        assert got.shape == (height, width, 3)
+        rows, columns = whole.shape[0] // reduced, whole.shape[1] // reduced
+        full = whole[: rows * reduced, : columns * reduced].astype(float)
+        means = full.reshape(rows, reduced, columns, reduced, 3).mean((1, 3))
+        np.testing.assert_allclose(got[:rows, :columns], means, atol=2)
+
+
+def test_only_an_ordinary_jpeg_tells_its_size_and_is_reduced():
+    picture = Image.fromarray(smooth())
+    jpeg = encoded(picture, "jpeg")
+    for data in (encoded(picture), encoded(picture.convert("CMYK"), "jpeg"), jpeg[:-20], b"text"):
+        assert jpeg_size(data) is None
+    assert decode(encoded(picture), reduced=4).shape == (H, W, 3)
+    assert decode(encoded(picture.convert("CMYK"), "jpeg"), reduced=4).shape == (H, W, 3)
+    with pytest.raises(DataError, match="more than max_pixels"):
+        decode(jpeg, reduced=8, max_pixels=H * W - 1)
+
+
 def test_every_truncated_picture_is_an_error(capfd):
     big = np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8)
     for suffix in ("jpeg", "png", "webp", "gif", "bmp", "tiff"):
         data = encoded(Image.fromarray(big), suffix)
         for share in (0.02, 0.3, 0.6, 0.9):
-            with pytest.raises(DataError):
-                decode(data[: int(share * len(data))])
+            for reduced in (1, 2):
+                with pytest.raises(DataError):
+                    decode(data[: int(share * len(data))], reduced=reduced)
     assert capfd.readouterr() == ("", "")  # libraries are silent too
 
 

@@ -96,6 +96,35 @@ def test_a_batch_holds_what_the_contract_says():
     np.testing.assert_array_equal(batch["label"], batch["index"] % 3)
 
 
+class Photos(Pictures):
+    """JPEG files of 120 x 90, larger than what is cut out of them; some are broken."""
+
+    def __getitem__(self, index):
+        example = super().__getitem__(index)
+        if isinstance(example["image"], bytes):
+            return example
+        file = io.BytesIO()
+        large = Image.fromarray(example["image"]).resize((120, 90), Image.Resampling.BICUBIC)
+        large.save(file, "jpeg", quality=95)
+        data = file.getvalue()
+        return example | {"image": data[:-200] if index == 5 else data}
+
+
+def test_a_crop_reads_large_files_itself_and_changes_little():
+    photos = Photos(broken=(3, 10))
+    got = train(photos)
+    whole = (RandomResizedCrop((6, 7), reducing_gap=None), *TRANSFORMS[1:])
+    expected = train(photos, whole)
+    for a, b in zip(got, expected, strict=True):
+        for key in ("label", "valid", "index"):
+            np.testing.assert_array_equal(a[key], b[key])
+        np.testing.assert_array_equal(a["valid"], ~np.isin(a["index"], (3, 5, 10)))
+        assert not a["image"][~a["valid"]].any()
+    difference = np.abs(np.stack([b["image"] for b in got]) - [b["image"] for b in expected])
+    assert 0 < difference.mean() < 0.03  # in standard deviations
+    assert_same(train(Pictures(), whole), train(Pictures()))
+
+
 @pytest.mark.parametrize("mix", [None, MixUpCutMix(3)])
 def test_threads_change_nothing(mix):
     expected = train(batch_size=70, mix=mix)

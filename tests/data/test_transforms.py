@@ -1,9 +1,11 @@
+import io
 import math
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from vit_jax.data.decode import decode
 from vit_jax.data.transforms import (
     ColorJitter,
     MixUpCutMix,
@@ -16,6 +18,7 @@ from vit_jax.data.transforms import (
     ResizeCenterCrop,
     Standardize,
 )
+from vit_jax.errors import DataError
 
 H, W = 37, 52
 
@@ -108,6 +111,58 @@ def test_where_no_crop_fits_the_largest_in_the_middle_is_taken():
     assert crop._box(100, 9, rng()) == (44, 0, 12, 9)  # 12 = round(9 / (3/4))
 
 
+def photo(height=403, width=611, suffix="jpeg", **options):
+    """A picture file of slopes with a grain of 8 pixels."""
+    y, x = np.mgrid[:height, :width]
+    grain = np.random.default_rng(0).integers(0, 40, (height // 8 + 1, width // 8 + 1))
+    grain = np.kron(grain, np.ones((8, 8), int))[:height, :width]
+    image = np.stack([y % 200 + grain, x % 190 + grain, 200 - grain], -1).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, suffix, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_crop_of_a_large_jpeg_is_nearly_the_same_from_fewer_pixels(interpolation):
+    data, seen = photo(quality=95), set()
+    crop = RandomResizedCrop((23, 31), interpolation=interpolation)
+    whole = RandomResizedCrop((23, 31), interpolation=interpolation, reducing_gap=None)
+    for seed in range(12):
+        reduced = crop._reduced(*crop._box(403, 611, rng(seed))[2:])
+        seen.add(reduced)
+        got, expected = crop.from_file(data, rng(seed)), whole.from_file(data, rng(seed))
+        np.testing.assert_array_equal(expected, whole({"image": decode(data)}, rng(seed))["image"])
+        assert got.dtype == np.uint8
+        assert got.shape == (23, 31, 3)
+        difference = np.abs(got.astype(float) - expected)
+        # A shift by a pixel of the reduced picture makes 2.6 levels and more.
+        assert difference.mean() < 0.6
+    assert {2, 4} <= seen
+
+
+def test_a_part_keeps_the_gap_over_its_size():
+    for gap in (1.0, 2.0, 3.0):
+        crop = RandomResizedCrop((100, 200), reducing_gap=gap)
+        shapes = {1: (99, 500), 2: (250, 401), 4: (400, 4000), 8: (3000, 1600)}
+        for reduced, shape in shapes.items():
+            assert crop._reduced(*(math.ceil(gap * side) for side in shape)) == reduced
+    assert RandomResizedCrop(8, reducing_gap=None)._reduced(4000, 3000) == 1
+
+
+def test_a_crop_of_any_other_file_is_that_of_its_picture():
+    crop = RandomResizedCrop(20)
+    for data in (photo(suffix="png"), photo(37, 52), photo(suffix="jpeg", progressive=True)):
+        expected = crop({"image": decode(data)}, rng(3))["image"].astype(float)
+        np.testing.assert_allclose(crop.from_file(data, rng(3)), expected, atol=6)
+    small = photo(37, 52)
+    expected = crop({"image": decode(small)}, rng(3))["image"]
+    np.testing.assert_array_equal(crop.from_file(small, rng(3)), expected)
+    with pytest.raises(DataError, match="more than max_pixels"):
+        crop.from_file(photo(), rng(), max_pixels=1000)
+    with pytest.raises(DataError):
+        crop.from_file(photo()[:-100], rng())
+
+
 def test_random_crops_reach_every_place_and_pad_with_black():
     crop = RandomCrop((H, W), padding=2)
     seen = set()
@@ -181,6 +236,7 @@ def test_erasing_before_standardizing_is_an_error():
         (lambda: Resize(8, "bilinar"), "Did you mean 'bilinear'"),
         (lambda: ResizeCenterCrop(8, crop=1.5), "crop=1.5"),
         (lambda: RandomResizedCrop(8, scale=(0.5, 0.1)), "scale="),
+        (lambda: RandomResizedCrop(8, reducing_gap=0.5), "reducing_gap=0.5"),
         (lambda: RandomCrop(8, padding=-1), "padding=-1"),
         (lambda: RandomFlip(2.0), "p=2.0"),
         (lambda: ColorJitter(hue=0.7), "hue=0.7"),

@@ -30,13 +30,22 @@ def interpolation(name: str) -> Image.Resampling:
     return INTERPOLATIONS[name]
 
 
-def resize(image: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
-    """[H, W, 3] -> [*size, 3]; by Pillow, which averages over what it shrinks (antialiasing)."""
+def resize(
+    image: np.ndarray,
+    size: tuple[int, int],
+    name: str,
+    box: tuple[float, float, float, float] | None = None,
+) -> np.ndarray:
+    """[H, W, 3] -> [*size, 3]; by Pillow, which averages over what it shrinks (antialiasing).
+
+    `box` is what to resize of the picture, (x0, y0, x1, y1) in pixels, None all of it.
+    """
     height, width = size
-    if image.shape[:2] == (height, width):
+    whole = (0.0, 0.0, float(image.shape[1]), float(image.shape[0]))
+    if image.shape[:2] == (height, width) and box in (None, whole):
         return image
     picture = Image.fromarray(np.ascontiguousarray(image))
-    return np.asarray(picture.resize((width, height), interpolation(name)))
+    return np.asarray(picture.resize((width, height), interpolation(name), box))
 
 
 def grey(image: np.ndarray) -> np.ndarray:

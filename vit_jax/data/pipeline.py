@@ -482,13 +482,13 @@ class _Batches:
             # An exception here would lose the batch: a broken picture is a row of zeros.
             if isinstance(read, DataError) or read is None:
                 continue
+            rng = _random(self.seed, stream, start + row)
             try:
-                example = decoded(read, self.max_pixels)
+                example, transforms = self._opened(read, rng)
             except DataError:
                 continue
             _check(example, self.dataset, int(batch["index"][row]))
-            rng = _random(self.seed, stream, start + row)
-            for transform in self.transforms:
+            for transform in transforms:
                 example = transform(example, rng)
             if self.pad is not None:
                 name = self.dataset.name(int(batch["index"][row]))
@@ -502,6 +502,20 @@ class _Batches:
                 rng = _random(self.seed, PAIRS, (start + row) // 2)
                 for key, value in self.mix(pair, rng).items():
                     batch[key][row : row + 2] = value
+
+    def _opened(
+        self, read: Example, rng: np.random.Generator
+    ) -> tuple[Example, tuple[Transform, ...]]:
+        """The example with a picture, and the transforms left to do.
+
+        A step that cuts a part out of the picture may read its file itself, to decode less of it.
+        What lies on the picture never comes with such a step (`_check_moves`).
+        """
+        file, first = read["image"], self.transforms[:1]
+        if isinstance(file, bytes) and first and hasattr(first[0], "from_file"):
+            limit = MAX_PIXELS if self.max_pixels is None else self.max_pixels
+            return read | {"image": first[0].from_file(file, rng, limit)}, self.transforms[1:]
+        return decoded(read, self.max_pixels), self.transforms
 
     def _read(self, indices: np.ndarray) -> list[Example | DataError | None]:
         """Examples as the dataset has them; None for padding."""

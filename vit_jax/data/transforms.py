@@ -15,6 +15,7 @@ import numpy as np
 
 from vit_jax.contracts import Batch, Example
 from vit_jax.data import operations
+from vit_jax.data.decode import MAX_PIXELS, REDUCED, decode, jpeg_size
 
 Size = int | tuple[int, int]
 
@@ -122,12 +123,15 @@ class RandomResizedCrop:
       scale: the part's area, as a share of the picture's.
       ratio: the part's width over its height, uniform in its logarithm.
       interpolation: as of `Resize`.
+      reducing_gap: a large JPEG is decoded to fewer pixels, as long as the part keeps so many times
+        `size`, as of Pillow's `Image.resize`; None decodes every pixel.
     """
 
     size: Size
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     interpolation: str = "bilinear"
+    reducing_gap: float | None = 2.0
 
     TRIES: ClassVar[int] = 10
 
@@ -136,13 +140,52 @@ class RandomResizedCrop:
         _check_range("scale", self.scale)
         _check_range("ratio", self.ratio)
         operations.interpolation(self.interpolation)
+        if self.reducing_gap is not None and self.reducing_gap < 1:
+            raise ValueError(f"reducing_gap={self.reducing_gap!r} must be at least 1, or None")
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """`image` uint8 [H, W, 3] -> uint8 [*size, 3]."""
-        top, left, height, width = self._box(*example["image"].shape[:2], rng)
-        image = example["image"][top : top + height, left : left + width]
-        image = operations.resize(image, _pair(self.size), self.interpolation)
-        return example | {"image": image}
+        image = example["image"]
+        box = self._box(*image.shape[:2], rng)
+        return example | {"image": self._cut(image, box)}
+
+    def from_file(
+        self, data: bytes, rng: np.random.Generator, max_pixels: int = MAX_PIXELS
+    ) -> np.ndarray:
+        """What a call makes of a file's picture, uint8 [*size, 3], decoding what that needs.
+
+        Raises:
+          DataError: as of `decode`.
+        """
+        size = jpeg_size(data)
+        if size is None:
+            image = decode(data, max_pixels=max_pixels)
+            return self._cut(image, self._box(*image.shape[:2], rng))
+        box = self._box(*size, rng)
+        reduced = self._reduced(*box[2:])
+        image = decode(data, max_pixels=max_pixels, reduced=reduced)
+        return self._cut(image, box, reduced if image.shape[:2] != size else 1)
+
+    def _reduced(self, height: int, width: int) -> int:
+        """How much smaller a part of so many pixels can be decoded."""
+        if self.reducing_gap is None:
+            return 1
+        H, W = _pair(self.size)
+        room = min(height / H, width / W) / self.reducing_gap
+        return max(reduced for reduced in REDUCED if reduced <= max(room, 1))
+
+    def _cut(
+        self, image: np.ndarray, box: tuple[int, int, int, int], reduced: int = 1
+    ) -> np.ndarray:
+        """The part of a picture at `box`, which is in pixels of the unreduced picture."""
+        top, left, height, width = box
+        # Of a reduced picture the part may begin and end between two pixels.
+        rows = slice(top // reduced, -(-(top + height) // reduced))
+        columns = slice(left // reduced, -(-(left + width) // reduced))
+        x, y = left / reduced - columns.start, top / reduced - rows.start
+        place = (x, y, x + width / reduced, y + height / reduced)
+        part = image[rows, columns]
+        return operations.resize(part, _pair(self.size), self.interpolation, place)
 
     def _box(self, H: int, W: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """(top, left, height, width)."""
