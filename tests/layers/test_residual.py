@@ -12,6 +12,7 @@ from vit_jax.layers.residual import (
     HybridStem,
     ResidualStage,
     StdConv,
+    joined,
     standardize,
 )
 
@@ -83,6 +84,30 @@ class PlainConv(nn.Module):
 
 
 norm = partial(nn.GroupNorm, 2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_joined_block_is_the_relu_of_its_sum_to_the_last_bit(dtype):
+    shortcut, y = (jnp.asarray(draw(3, 5, 7, 4, seed=seed), dtype) for seed in (1, 2))
+    shortcut, y = shortcut.at[0].set(-y[0]), y.at[1].set(0.0)  # sums of exactly 0, and none
+
+    def plain(shortcut, y):
+        return nn.relu(shortcut + y)
+
+    out, pull = jax.vjp(joined, shortcut, y)
+    expected, expected_pull = jax.vjp(plain, shortcut, y)
+    assert out.dtype == dtype
+    np.testing.assert_array_equal(out, expected)
+    direction = jnp.asarray(draw(3, 5, 7, 4, seed=3), dtype)
+    for got, wanted in zip(pull(direction), expected_pull(direction), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    for wide, narrow in ((jnp.inf, 1.0), (jnp.nan, 1.0), (1.0, jnp.nan), (2.0, -jnp.inf)):
+        pair = jnp.full((2, 3), wide), jnp.full((2, 3), narrow)
+        np.testing.assert_array_equal(joined(*pair), plain(*pair))
+    mixed = jax.grad(lambda s, y: joined(s, y).sum(), (0, 1))(
+        jnp.ones((2, 3)), jnp.ones((2, 3), dtype)
+    )
+    assert [gradient.dtype for gradient in mixed] == [jnp.float32, dtype]
 
 
 def test_a_fresh_bottleneck_returns_its_shortcut():

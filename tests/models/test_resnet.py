@@ -1,3 +1,4 @@
+import re
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.golden import resnet as golden
+from vit_jax import programs
 from vit_jax.models import resnet
 from vit_jax.models.resnet import Conv, FrozenBatchNorm, ResNet
 from vit_jax.pretrained import names
@@ -169,6 +171,24 @@ def test_remat_changes_no_gradient():
     chex.assert_trees_all_close(
         gradient(model.clone(remat=True)), gradient(model), rtol=1e-3, atol=1e-4
     )
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="says how a CPU's compiler fuses")
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_a_block_reads_its_shortcut_and_not_what_each_block_before_it_has_added(block):
+    model = ResNet(width=8, depths=(6,), block=block)
+    x = jax.ShapeDtypeStruct((2, 52, 68, 3), jnp.float32)
+    apply = partial(model.apply, train=False)
+    variables = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), x)
+    program = jax.jit(apply).lower(variables, x).compile(programs.options("cpu"))
+    entry = program.as_text().partition("\nENTRY")[2]
+    width = 32 if block == "bottleneck" else 8
+    wide = rf"f32\[(?:2,13,17|{2 * 13 * 17}),{width}\]"  # maps of a block's end
+    maps = set(re.findall(rf"(%[\w.\-]+) = {wide}", entry))
+    kernels = (line.partition(" fusion(")[2] for line in entry.splitlines())
+    read = [len(maps & set(re.findall(r"%[\w.\-]+", operands))) for operands in kernels]
+    assert len(maps) >= 12  # a convolution's and the sum in each block
+    assert max(read) == 2
 
 
 @pytest.mark.parametrize(

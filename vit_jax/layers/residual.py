@@ -61,6 +61,42 @@ class StdConv(nn.Module):
         return convolve(x.astype(self.dtype), kernel, self.stride, self.padding)
 
 
+def joined(shortcut: Array, y: Array) -> jax.Array:
+    """relu(shortcut + y), the end of a block: He et al. 2016 (arXiv:1512.03385), eq. 1.
+
+    The result is the same to the last bit, in a form that XLA computes once on a CPU. A relu or
+    another function of one array it computes again in each reader instead of storing it, so that a
+    block would read what all blocks before it in its stage have added. A sum of two arrays it
+    stores, if one of those who read it is a product or a convolution.
+
+    Args:
+      shortcut: [..., C], finite or infinite upwards.
+      y: the same shape.
+
+    Returns:
+      The same shape; both gradients are the result's where that is positive, 0 elsewhere.
+    """
+    return _joined(*nn.dtypes.promote_dtype(shortcut, y))
+
+
+@jax.custom_vjp
+def _joined(shortcut: Array, y: Array) -> jax.Array:
+    return jnp.maximum(y, -shortcut) + shortcut
+
+
+def _forward(shortcut: Array, y: Array) -> tuple[jax.Array, jax.Array]:
+    out = _joined(shortcut, y)
+    return out, out
+
+
+def _backward(out: Array, gradient: Array) -> tuple[jax.Array, jax.Array]:
+    gradient = jnp.where(out > 0, gradient, 0)
+    return gradient, gradient
+
+
+_joined.defvjp(_forward, _backward)
+
+
 class Bottleneck(nn.Module):
     """A 1x1, a 3x3 and a 1x1 convolution around a shortcut: He et al. 2016 (arXiv:1512.03385),
     figure 5, with the stride in the 3x3 ("v1.5"). The last norm starts at 0, the block at its
@@ -91,7 +127,9 @@ class Bottleneck(nn.Module):
         y = nn.relu(self.norm(name="norm2")(y))
         y = self.conv(4 * self.features, 1, 1, name="conv3")(y)
         y = self.norm(scale_init=nn.initializers.zeros, name="norm3")(y)
-        return nn.relu(shortcut + y)
+        # As rows the next block's 1x1 convolution, a product, reads the sum itself.
+        rows = (-1, y.shape[-1])
+        return joined(shortcut.reshape(rows), y.reshape(rows)).reshape(y.shape)
 
 
 class BasicBlock(nn.Module):
@@ -121,7 +159,7 @@ class BasicBlock(nn.Module):
         y = nn.relu(self.norm(name="norm1")(y))
         y = self.conv(self.features, 3, 1, name="conv2")(y)
         y = self.norm(scale_init=nn.initializers.zeros, name="norm2")(y)
-        return nn.relu(shortcut + y)
+        return joined(shortcut, y)
 
 
 class ResidualStage(nn.Module):
