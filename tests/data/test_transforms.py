@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vit_jax.data import transforms
 from vit_jax.data.decode import decode
 from vit_jax.data.transforms import (
     ColorJitter,
@@ -138,6 +139,13 @@ def test_a_crop_of_a_large_jpeg_is_nearly_the_same_from_fewer_pixels(interpolati
         # A shift by a pixel of the reduced picture makes 2.6 levels and more.
         assert difference.mean() < 0.6
     assert {2, 4} <= seen
+
+
+def test_a_jpeg_that_is_not_as_its_header_says_is_cut_all_the_same(monkeypatch):
+    monkeypatch.setattr(transforms, "jpeg_size", lambda data: (4000, 3000))
+    got = RandomResizedCrop((23, 31)).from_file(photo(suffix="png"), rng())
+    assert got.shape == (23, 31, 3)
+    assert got.std() > 10
 
 
 def test_a_part_keeps_the_gap_over_its_size():

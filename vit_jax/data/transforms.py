@@ -159,12 +159,13 @@ class RandomResizedCrop:
         """
         size = jpeg_size(data)
         if size is None:
-            image = decode(data, max_pixels=max_pixels)
-            return self._cut(image, self._box(*image.shape[:2], rng))
+            return self({"image": decode(data, max_pixels=max_pixels)}, rng)["image"]
         box = self._box(*size, rng)
         reduced = self._reduced(*box[2:])
         image = decode(data, max_pixels=max_pixels, reduced=reduced)
-        return self._cut(image, box, reduced if image.shape[:2] != size else 1)
+        if image.shape[:2] == tuple(-(-side // reduced) for side in size):
+            return self._cut(image, box, reduced)
+        return self({"image": image}, rng)["image"]  # not as its header said, so all of it is here
 
     def _reduced(self, height: int, width: int) -> int:
         """How much smaller a part of so many pixels can be decoded."""
