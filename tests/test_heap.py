@@ -1,3 +1,4 @@
+import functools
 import os
 import subprocess
 import sys
@@ -11,9 +12,10 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Li
 # Prints whether it was done, how many pages the system had to give for four results of 64 MB each,
 # and whether the heap may have large ones.
 RESULTS = """
-import re, resource
+import re, resource, sys
 from vit_jax import heap
 kept = heap.keep()
+heap.bound(int(sys.argv[1]))
 import jax, jax.numpy as jnp
 run = jax.jit(lambda x: x * 2)
 x = jnp.ones((16, 1 << 20))
@@ -40,8 +42,9 @@ def plain(monkeypatch):
     heap.keep.cache_clear()
 
 
-def pages():
-    out = subprocess.run([sys.executable, "-c", RESULTS], capture_output=True, text=True)
+def pages(needed=0):
+    command = [sys.executable, "-c", RESULTS, str(needed)]
+    out = subprocess.run(command, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     kept, pages, large = out.stdout.split()
     return kept == "True", int(pages), large == "True"
@@ -56,6 +59,49 @@ def test_what_a_program_allocates_is_not_asked_for_at_each_step(plain):
     assert not large
     assert many > 4 * 10_000  # 64 MB in pages of 4 KB, each time
     assert few < many / 100
+
+
+def test_a_step_too_large_for_the_machine_ends_it(plain):
+    kept, pages_given, _ = pages(needed=0)
+    assert kept
+    assert pages_given < 1000
+    kept, pages_given, _ = pages(needed=2**60)
+    assert kept
+    assert pages_given > 4 * 10_000  # as without
+
+
+def test_what_the_process_has_grown_to_ends_it_too(plain):
+    class Library:
+        told = ()
+
+        def mallopt(self, name, value):
+            self.told += ((name, value),)
+            return 1
+
+        def malloc_trim(self, pad):
+            self.told += ("trimmed",)
+
+    library = Library()
+    assert not heap.bound(2**60)  # nothing was begun
+    plain.setattr(heap, "keep", functools.cache(lambda: True))
+    assert heap.keep()
+    plain.setattr(heap.ctypes, "CDLL", lambda name: library)
+    plain.setattr(heap, "_machine", lambda: 2**60)
+    assert not heap.bound()
+    plain.setattr(heap, "_machine", lambda: 2**20)
+    assert heap.bound()
+    assert (heap.M_MMAP_MAX, 65_536) in library.told
+    assert library.told[-1] == "trimmed"
+
+
+def test_a_containers_share_is_all_there_is(plain, tmp_path):
+    whole = heap._machine()
+    limit = tmp_path / "memory.max"
+    plain.setattr(heap, "CONTAINER", (str(limit), str(tmp_path / "none")))
+    limit.write_text("max\n")
+    assert heap._machine() >= whole
+    limit.write_text("1073741824\n")
+    assert heap._machine() == 2**30
 
 
 def test_only_programs_of_a_cpu_keep_memory(plain):

@@ -90,3 +90,15 @@ def human(number: float) -> str:
             return f"{text} {prefix}"
         number /= 1000
     return f"{number:.4g} E"
+
+
+def taken(compiled: Any) -> int:
+    """Bytes of a compiled program: arguments, results that do not take their place, temporaries.
+
+    0 where the backend does not tell.
+    """
+    account = compiled.memory_analysis()
+    if account is None:
+        return 0
+    kept = account.output_size_in_bytes - account.alias_size_in_bytes
+    return account.argument_size_in_bytes + account.temp_size_in_bytes + kept

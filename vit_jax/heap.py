@@ -9,10 +9,15 @@ import sys
 from pathlib import Path
 
 # Of glibc's malloc.h and Linux' mman.h.
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
 MADV_HUGEPAGE = 14
 HUGE = 2**21  # bytes of such a page
 SHARE = 4  # of the machine's memory, one part of so many lies in pages of that size
+CONTAINER = (  # limits of Linux' control groups, of version 2 and 1
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
+ROOM = 8  # what a step takes must fit so many times into the machine's memory, to be kept
 
 
 @functools.cache
@@ -22,8 +27,9 @@ def keep() -> bool:
     XLA asks for a program's temporary memory at each call and frees it after; the C library would
     hand pieces of more than 32 MB back to the system, which fills each page with zeros the next
     time: a tenth of a training step's processor time. Memory is reserved here by address only. The
-    process then stays as large as it was at its largest, which may be a step's temporaries more
-    than without. What it is worth: experiments/benchmarks.
+    process then stays as large as it was at its largest, and grows for some time, since evaluations
+    and batches leave gaps that a step's temporaries do not fit in: up to twice what it is without.
+    `bound` ends it where that could be too much. What it is worth: experiments/benchmarks.
 
     To be called before the first program runs: a thread that has allocated in a heap of its own
     goes on there.
@@ -43,7 +49,7 @@ def keep() -> bool:
         library.mallopt(name, value)
         for name, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1))
     ]
-    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // SHARE
+    size = _machine() // SHARE
     library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
     library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -53,6 +59,46 @@ def keep() -> bool:
         library.madvise(aligned, place + size - aligned, MADV_HUGEPAGE)
         library.free(place)  # it stays with the heap, and nothing of it was touched
     return all(done)
+
+
+def bound(needed: int = 0) -> bool:
+    """Ends what `keep` began where a step needs, or the process has, much of the machine's memory.
+
+    What is free goes back to the system then, and what is freed from then on as the C library has
+    it. To be called when a program is compiled, and from time to time.
+
+    Args:
+      needed: bytes of the program's temporaries, arguments and results; 0 if that was told before.
+
+    Returns:
+      Whether it was ended.
+    """
+    if not (keep.cache_info().currsize and keep()):
+        return False
+    largest = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if ROOM * needed <= _machine() and 2 * largest <= _machine():
+        return False
+    library = ctypes.CDLL(None)
+    # Where its own rules for them end up.
+    for name, value in (
+        (M_MMAP_MAX, 65_536),
+        (M_MMAP_THRESHOLD, 32 * 2**20),
+        (M_TRIM_THRESHOLD, 64 * 2**20),
+    ):
+        library.mallopt(name, value)
+    library.malloc_trim(0)
+    return True
+
+
+def _machine() -> int:
+    """Bytes of the machine's memory, or of a container's share of it."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in CONTAINER:
+        try:
+            limits.append(int(Path(file).read_text()))
+        except (OSError, ValueError):  # there is none, or it is "max"
+            continue
+    return min(limits)
 
 
 def _for_cpu() -> bool:

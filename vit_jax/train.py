@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax import bucket, checkpoint, cost, faults, mesh, processes, step
+from vit_jax import bucket, checkpoint, cost, faults, heap, mesh, processes, step
 from vit_jax.broken import BrokenPictures
 from vit_jax.contracts import Batch, Sums
 from vit_jax.errors import CheckpointError, DivergedError
@@ -143,6 +143,7 @@ class _TrainStep:
         size = "x".join(map(str, batch["image"].shape[1:3])) if self._compiled else ""
         self._report.say(f"compiling the training step {f'for {size} pixels ' * bool(size)}...")
         compiled = self._interrupt.unless(self._run.compile_train_step, batch)
+        heap.bound(cost.taken(compiled))
         self._compiled[shapes_of(batch)] = compiled
         self._watchdog.alive()
         self._report.say(f"compiled in {time.monotonic() - began:.0f} s")
@@ -404,6 +405,7 @@ class _Loop:
                 self.drawn = time.monotonic()
             self._push()
             self.watchdog.alive()
+        heap.bound()
         numbers = list(results.values())[-1]
         return numbers, self._rank(numbers)
 

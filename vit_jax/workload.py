@@ -260,11 +260,8 @@ def _compiled(lowered: Any) -> tuple[Callable, dict[str, Any]]:
 
 
 def _told(compiled: Any, seconds: float) -> dict[str, Any]:
-    """What the compiler says: arguments, results that do not take their place, temporaries."""
-    account = compiled.memory_analysis()
-    memory = account.argument_size_in_bytes + account.temp_size_in_bytes
-    memory += account.output_size_in_bytes - account.alias_size_in_bytes
-    return {"compile_seconds": seconds, "memory": memory}
+    """What the compiler says."""
+    return {"compile_seconds": seconds, "memory": cost.taken(compiled)}
 
 
 def published(module: nn.Module) -> dict[str, Any]:
