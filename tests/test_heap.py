@@ -38,8 +38,10 @@ def plain(monkeypatch):
             monkeypatch.delenv(name)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     heap.keep.cache_clear()
+    heap._end.cache_clear()
     yield monkeypatch
     heap.keep.cache_clear()
+    heap._end.cache_clear()
 
 
 def pages(needed=0):
@@ -92,6 +94,8 @@ def test_what_the_process_has_grown_to_ends_it_too(plain):
     assert heap.bound()
     assert (heap.M_MMAP_MAX, 65_536) in library.told
     assert library.told[-1] == "trimmed"
+    assert heap.bound()
+    assert library.told.count("trimmed") == 1
 
 
 def test_a_containers_share_is_all_there_is(plain, tmp_path):

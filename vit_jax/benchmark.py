@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vit_jax import command
+from vit_jax import command, programs
 from vit_jax import main as program
 from vit_jax.errors import ConfigError, DataError, OutOfMemoryError
 from vit_jax.worker import Worker, WorkerError
@@ -333,12 +333,8 @@ def _add_share(row: dict[str, Any], rates: Mapping[str, float]) -> None:
 
 def processor() -> str:
     """The processor's name as the system tells it: a library may suit one and not another."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    name = programs.of_processor("model name").partition(":")[2].strip()
+    return name or platform.processor() or platform.machine()
 
 
 def _commit() -> str:

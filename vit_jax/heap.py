@@ -71,13 +71,19 @@ def bound(needed: int = 0) -> bool:
       needed: bytes of the program's temporaries, arguments and results; 0 if that was told before.
 
     Returns:
-      Whether it was ended.
+      Whether it is ended.
     """
     if not (keep.cache_info().currsize and keep()):
         return False
     largest = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if ROOM * needed <= _machine() and 2 * largest <= _machine():
         return False
+    _end()
+    return True
+
+
+@functools.cache
+def _end() -> None:
     library = ctypes.CDLL(None)
     # Where its own rules for them end up.
     for name, value in (
@@ -87,7 +93,6 @@ def bound(needed: int = 0) -> bool:
     ):
         library.mallopt(name, value)
     library.malloc_trim(0)
-    return True
 
 
 def _machine() -> int:

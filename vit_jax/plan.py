@@ -197,12 +197,9 @@ def study(
         return found | _judged(memory, chip)
     found["compile_seconds"] = time.monotonic() - began
     account = compiled.memory_analysis()
-    inputs = account.argument_size_in_bytes + account.output_size_in_bytes
     memory["temporaries"] = account.temp_size_in_bytes
     memory["program"] = account.generated_code_size_in_bytes
-    memory["peak"] = (
-        inputs - account.alias_size_in_bytes + memory["temporaries"] + memory["program"]
-    )
+    memory["peak"] = cost.taken(compiled) + memory["program"]
     work = hlo.read(compiled.as_text())
     analysis = compiled.cost_analysis() or {}
     compute |= {"compiled_flops": work.flops, "xla_flops": analysis.get("flops", 0.0)}

@@ -99,17 +99,21 @@ def once(platform: str) -> dict[str, Any]:
     return CPU_ONCE if platform == "cpu" else {}
 
 
+def of_processor(*names: str) -> str:
+    """The first line of Linux' /proc/cpuinfo that starts with one of the names; "" without one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(names)), "")
+
+
 def _processor() -> str:
     """A few letters for what this processor can do.
 
     A home may be shared by machines, and a program of a newer one would crash on an older.
     """
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        lines = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
-    except OSError:
-        lines = []
-    told = lines[0] if lines else platform.machine() + platform.processor()
+    told = of_processor("flags", "Features") or platform.machine() + platform.processor()
     return hashlib.sha256(told.encode()).hexdigest()[:8]
 
 
