@@ -156,6 +156,50 @@ def test_a_jpeg_can_be_decoded_to_fewer_pixels(orientation, size, mode):
         np.testing.assert_allclose(got[:rows, :columns], means, atol=2)
 
 
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_the_upper_rows_of_a_jpeg_are_those_of_all_of_it(mode, subsampling, capfd):
+    noise = np.random.default_rng(0).integers(0, 256, (153, 77, 3), np.uint8)
+    picture = Image.fromarray(noise).convert(mode)
+    options = {"quality": 80, "subsampling": subsampling}
+    cut = {
+        "baseline": encoded(picture, "jpeg", **options),
+        "mirrored": encoded(picture, "jpeg", exif=exif(2), **options),
+        "followed": encoded(picture, "jpeg", **options) * 2,
+    }
+    whole = {
+        "turned": encoded(picture, "jpeg", exif=exif(6), **options),
+        "upside down": encoded(picture, "jpeg", exif=exif(3), **options),
+        "progressive": encoded(picture, "jpeg", progressive=True, **options),
+        "restarting": encoded(picture, "jpeg", restart_marker_rows=1, **options),
+        "png": encoded(picture),
+    }
+    for name, data in (cut | whole).items():
+        for reduced in (1, 2, 4, 8):
+            expected = decode(data, reduced=reduced)
+            for rows in (1, 16, 37, 90, 150, 153):
+                got = decode(data, reduced=reduced, rows=rows)
+                wanted = -(-rows // reduced)
+                np.testing.assert_array_equal(got[:wanted], expected[:wanted], name)
+                if name in whole or rows > 120:
+                    np.testing.assert_array_equal(got, expected, name)
+                elif rows < 90:
+                    assert wanted <= len(got) < len(expected)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_damaged_jpeg_keeps_what_is_left_of_it_with_fewer_rows_as_well():
+    noise = np.random.default_rng(0).integers(0, 256, (120, 77, 3), np.uint8)
+    data = encoded(Image.fromarray(noise), "jpeg")
+    short = data[: len(data) // 3] + data[-2:]  # with an end, but of a third of its rows
+    expected = decode(short)
+    for rows in (30, 60, 90):
+        got = decode(short, rows=rows)
+        assert len(got) >= rows
+        np.testing.assert_array_equal(got[:30], expected[:30])
+        np.testing.assert_array_equal(got, decode(short, rows=rows))
+
+
 def test_only_an_ordinary_jpeg_tells_its_size_and_is_reduced():
     picture = Image.fromarray(smooth())
     jpeg = encoded(picture, "jpeg")

@@ -31,6 +31,27 @@ def test_resizing_is_pillows(name, size):
     np.testing.assert_array_equal(got, Image.fromarray(image).resize(size[::-1], method))
 
 
+@pytest.mark.parametrize("box", [None, (3, 2, 40, 29), (3.3, 1.7, 40.2, 29.1)])
+@pytest.mark.parametrize("name", operations.INTERPOLATIONS)
+@pytest.mark.parametrize("size", [(9, 17), (50, 61), (40, 20), (31, 44)])
+def test_the_fast_form_is_within_two_levels_of_pillows(name, size, box):
+    # Noise of all levels is the worst: where its sums are cut off at 0 and 255 the order matters.
+    for image in (picture(), np.random.default_rng(1).integers(0, 256, (H, W, 3), np.uint8)):
+        got = operations.resample(image, size, name, box)
+        expected = operations.resize(image, size, name, box)
+        assert got.dtype == np.uint8
+        assert got.shape == (*size, 3)
+        assert differ(got, expected) <= (2 if name in ("bilinear", "bicubic") else 0)
+        assert np.abs(got.astype(int) - expected).mean() < 0.1
+
+
+def test_the_fast_form_is_pillows_where_its_library_is_missing(monkeypatch):
+    image, box = picture(), (3.3, 1.7, 40.2, 29.1)
+    monkeypatch.setattr(operations, "simd", None)
+    got = operations.resample(image, (9, 17), "bicubic", box)
+    np.testing.assert_array_equal(got, operations.resize(image, (9, 17), "bicubic", box))
+
+
 @pytest.mark.parametrize("name", ["bilinear", "bicubic", "area"])
 def test_shrinking_averages_what_it_leaves_out(name):
     stripes = np.zeros((32, 48, 3), np.uint8)

@@ -122,7 +122,10 @@ def test_a_crop_reads_large_files_itself_and_changes_little():
         assert not a["image"][~a["valid"]].any()
     difference = np.abs(np.stack([b["image"] for b in got]) - [b["image"] for b in expected])
     assert 0 < difference.mean() < 0.03  # in standard deviations
-    assert_same(train(Pictures(), whole), train(Pictures()))
+    # Of arrays all pixels are there, and are resized a little differently.
+    got, expected = ([b["image"] for b in train(Pictures(), t)] for t in (TRANSFORMS, whole))
+    difference = np.abs(np.stack(got) - expected)
+    assert difference.mean() < 0.002  # one level in 3 % of the values
 
 
 @pytest.mark.parametrize("mix", [None, MixUpCutMix(3)])

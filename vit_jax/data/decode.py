@@ -2,9 +2,10 @@
 
 import io
 import os
+import re
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -26,6 +27,9 @@ from vit_jax.errors import DataError
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte of RGB
 ORIENTATION = 0x0112  # the EXIF tag
+BASELINE = (0xC0, 0xC1)  # frames (SOF) of a JPEG whose rows are coded once, from top to bottom
+END, SCAN = b"\xff\xd9", b"\xff\xda"  # its markers EOI and SOS
+MARKER = re.compile(rb"\xff[^\x00]")  # any, among coded pixels
 
 # (offset, signature, reader). The reader is called by us, not by `Image.open`, whose limit on the
 # size is a global that `max_pixels` could not raise, and which would try forty formats.
@@ -59,7 +63,9 @@ REDUCED = {
 }
 
 
-def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, reduced: int = 1) -> np.ndarray:
+def decode(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, reduced: int = 1, rows: int | None = None
+) -> np.ndarray:
     """The bytes of a JPEG, PNG, GIF, WebP, AVIF, TIFF, BMP or PNM file -> uint8 [H, W, 3], RGB.
 
     The picture stands upright (EXIF orientation is applied) and opaque (transparent parts are laid
@@ -73,6 +79,8 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, reduced: int = 1) -> np
         ceil(W / reduced), 3] pixels, each about the mean of those in its place, in less time (of
         sides that are no multiples of it, the last ones of the picture as the file has it, before
         it is turned upright, have fewer). Any other file is decoded to all of its pixels.
+      rows: how many from the top are wanted: of a JPEG those below, of a reduced one those below
+        its first ceil(rows / reduced), may be left out. The others are the same.
 
     Raises:
       DataError: saying why the bytes are no picture.
@@ -82,7 +90,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, reduced: int = 1) -> np
     if reader is None:
         raise DataError(_no_picture(data))
     if reader is JpegImagePlugin.JpegImageFile:
-        picture = _decode_jpeg(data, max_pixels, reduced)
+        picture = _decode_jpeg(data, max_pixels, reduced, rows)
         if picture is not None:
             return picture
     try:
@@ -165,25 +173,45 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     header = _jpeg_header(data) if data.startswith(b"\xff\xd8\xff") else None
     if header is None or not _ordinary(data, header):
         return None
-    width, height, _, exif = header
-    turned = bool(exif) and _orientation(exif) in (5, 6, 7, 8)
-    return (width, height) if turned else (height, width)
+    height, width = header.height, header.width
+    return (width, height) if header.orientation in (5, 6, 7, 8) else (height, width)
 
 
-def _ordinary(data: bytes, header: tuple[int, int, int, bytes]) -> bool:
+class _Header(NamedTuple):
+    """What a JPEG says of itself."""
+
+    width: int
+    height: int
+    channels: int
+    orientation: int  # EXIF
+    frame: int  # where its frame header (SOF) begins
+
+
+def _ordinary(data: bytes, header: _Header) -> bool:
     """OpenCV reads CMYK differently, and fills the missing part of a file that was cut short."""
-    return header[2] in (1, 3) and b"\xff\xd9" in data[-32:]
+    return header.channels in (1, 3) and END in data[-32:]
 
 
-def _decode_jpeg(data: bytes, max_pixels: int, reduced: int) -> np.ndarray | None:
+def _decode_jpeg(data: bytes, max_pixels: int, reduced: int, rows: int | None) -> np.ndarray | None:
     """An ordinary JPEG by OpenCV, 1.4 times as fast as Pillow; None if it is not ordinary."""
     header = _jpeg_header(data)
     if header is None:
         return None
-    width, height, _, exif = header
-    _check_size(width, height, max_pixels)
+    _check_size(header.width, header.height, max_pixels)
     if not _ordinary(data, header):
         return None
+    if rows is not None:
+        shorter, height = _shortened(data, header, rows + 3 * reduced)
+        if height < header.height:
+            picture = _read_jpeg(shorter, height, header.width, reduced)
+            if picture is not None:
+                return _rotated(picture, header.orientation)
+    picture = _read_jpeg(data, header.height, header.width, reduced)
+    return None if picture is None else _rotated(picture, header.orientation)
+
+
+def _read_jpeg(data: bytes, height: int, width: int, reduced: int) -> np.ndarray | None:
+    """By OpenCV, not turned; None where it cannot, or finds another size."""
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | REDUCED[reduced]
     try:
         picture = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -191,11 +219,33 @@ def _decode_jpeg(data: bytes, max_pixels: int, reduced: int) -> np.ndarray | Non
         return None
     if picture is None or picture.shape != (-(-height // reduced), -(-width // reduced), 3):
         return None
-    return _rotated(picture, _orientation(exif)) if exif else picture
+    return picture
 
 
-def _jpeg_header(data: bytes) -> tuple[int, int, int, bytes] | None:
-    """(width, height, channels, EXIF block) of an 8-bit JPEG; None if it has no such header."""
+def _shortened(data: bytes, header: _Header, rows: int) -> tuple[bytes, int]:
+    """The file as one of fewer rows, at least `rows`, and how many; all of it where it must be.
+
+    libjpeg decodes as many rows as the frame header says. What follows it skips, up to a marker,
+    which it would complain of: so it gets none, and zeros after the last byte, since it reads a
+    little ahead. The last rows are not quite the same, for colours are smoothed over those below.
+    """
+    height = -(-rows // 16) * 16  # as many as it decodes at a time
+    frame = header.frame
+    if (
+        height >= header.height
+        or header.orientation not in (1, 2)  # otherwise the top is not at the file's beginning
+        or data[frame + 1] not in BASELINE
+    ):
+        return data, header.height
+    marker = MARKER.search(data, data.find(SCAN, frame) + len(SCAN))
+    if marker is None or marker.group() != END:  # of a restart, say
+        return data, header.height
+    kept = data[: frame + 5], height.to_bytes(2, "big"), data[frame + 7 : marker.start()]
+    return b"".join((*kept, bytes(1024))), height
+
+
+def _jpeg_header(data: bytes) -> _Header | None:
+    """Of an 8-bit JPEG; None if it has no such header."""
     place, exif = 2, b""
     while place + 10 <= len(data) and data[place] == 0xFF:
         marker = data[place + 1]
@@ -205,7 +255,9 @@ def _jpeg_header(data: bytes) -> tuple[int, int, int, bytes] | None:
         length = int.from_bytes(data[place + 2 : place + 4], "big")
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             precision, height, width, channels = struct.unpack_from(">BHHB", data, place + 4)
-            return (width, height, channels, exif) if precision == 8 and height else None
+            if precision != 8 or not height:
+                return None
+            return _Header(width, height, channels, _orientation(exif) if exif else 1, place)
         if marker == 0xE1 and data.startswith(b"Exif\0\0", place + 4):
             exif = data[place + 4 : place + 2 + length]
         place += 2 + length
@@ -223,6 +275,8 @@ def _orientation(exif: bytes) -> int:
 
 def _rotated(picture: np.ndarray, orientation: int) -> np.ndarray:
     """Applies EXIF orientation 1..8; other values mean nothing."""
+    if orientation not in range(2, 9):
+        return picture
     if orientation in (5, 6, 7, 8):
         picture = picture.transpose(1, 0, 2)
     if orientation in (2, 3, 6, 7):

@@ -10,6 +10,11 @@ from PIL import Image
 
 from vit_jax.errors import nearest
 
+try:
+    import cykooz_resizer as simd
+except ImportError:  # no wheel for Linux on Arm
+    simd = None
+
 INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -46,6 +51,33 @@ def resize(
         return image
     picture = Image.fromarray(np.ascontiguousarray(image))
     return np.asarray(picture.resize((width, height), interpolation(name), box))
+
+
+def resample(
+    image: np.ndarray,
+    size: tuple[int, int],
+    name: str,
+    box: tuple[float, float, float, float] | None = None,
+) -> np.ndarray:
+    """`resize` in a fifth of the time, for training: most values are the same, none 3 levels off.
+
+    Pillow's weights in its order, columns before rows, by the processor's vectors. (Pillow 13 takes
+    the rows first where the height shrinks and the width does not; there noise of all levels can be
+    some 15 off.) Other interpolations than bilinear and bicubic are Pillow's.
+    """
+    if simd is None or name not in ("bilinear", "bicubic"):
+        return resize(image, size, name, box)
+    (height, width), (H, W) = size, image.shape[:2]
+    x0, y0, x1, y1 = box or (0, 0, W, H)
+    kernel = simd.FilterType.bilinear if name == "bilinear" else simd.FilterType.catmull_rom
+    resizer, method = simd.Resizer(), simd.ResizeAlg.convolution(kernel)
+    picture = simd.ImageData(W, H, simd.PixelType.U8x3, image.tobytes())
+    across, down = (x0, 0, x1 - x0, H), (0, y0, width, y1 - y0)
+    for shape, place in (((width, H), across), ((width, height), down)):
+        given, picture = picture, simd.ImageData(*shape, simd.PixelType.U8x3)
+        options = simd.ResizeOptions(method, crop_box=simd.CropBox(*place))
+        resizer.resize(given, picture, options)
+    return np.frombuffer(picture.get_buffer(), np.uint8).reshape(height, width, 3)
 
 
 def grey(image: np.ndarray) -> np.ndarray:

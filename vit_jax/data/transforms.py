@@ -124,7 +124,8 @@ class RandomResizedCrop:
       ratio: the part's width over its height, uniform in its logarithm.
       interpolation: as of `Resize`.
       reducing_gap: a large JPEG is decoded to fewer pixels, as long as the part keeps so many times
-        `size`, as of Pillow's `Image.resize`; None decodes every pixel.
+        `size`, as of Pillow's `Image.resize`. None decodes every pixel and resizes by Pillow,
+        to the last bit as torchvision does; otherwise `operations.resample` does it.
     """
 
     size: Size
@@ -162,8 +163,10 @@ class RandomResizedCrop:
             return self({"image": decode(data, max_pixels=max_pixels)}, rng)["image"]
         box = self._box(*size, rng)
         reduced = self._reduced(*box[2:])
-        image = decode(data, max_pixels=max_pixels, reduced=reduced)
-        if image.shape[:2] == tuple(-(-side // reduced) for side in size):
+        bottom = box[0] + box[2]
+        image = decode(data, max_pixels=max_pixels, reduced=reduced, rows=bottom)
+        height, width = (-(-side // reduced) for side in size)
+        if image.shape[1] == width and -(-bottom // reduced) <= image.shape[0] <= height:
             return self._cut(image, box, reduced)
         return self({"image": image}, rng)["image"]  # not as its header said, so all of it is here
 
@@ -186,7 +189,8 @@ class RandomResizedCrop:
         x, y = left / reduced - columns.start, top / reduced - rows.start
         place = (x, y, x + width / reduced, y + height / reduced)
         part = image[rows, columns]
-        return operations.resize(part, _pair(self.size), self.interpolation, place)
+        resize = operations.resize if self.reducing_gap is None else operations.resample
+        return resize(part, _pair(self.size), self.interpolation, place)
 
     def _box(self, H: int, W: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """(top, left, height, width)."""
