@@ -24,6 +24,8 @@ from vit_jax.layers.norm import BatchNorm, GroupNorm, LayerNorm
 ROUNDS = 15
 NORMS = 6  # in a row: one alone is mostly the reading of its input
 VIT, SWIN, RESNET = (8, 197, 384), (8, 56, 56, 96), (8, 56, 56, 64)  # of B 8, 224x224 pixels
+# Side, stride and channels of what ResNet-50 convolves last, of 64x64 and 32x32 pixels.
+SMALL = ((2, 1, 512), (4, 2, 512), (2, 2, 512), (1, 1, 512))
 
 
 def normal(*shape: int) -> jax.Array:
@@ -60,6 +62,14 @@ def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.einsum("bhwc,cd->bhwd", x, kernel[0, 0])
 
 
+def windows(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """A convolution padded by one pixel, as XLA has it."""
+    spec = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), [(1, 1)] * 2, dimension_numbers=spec
+    )
+
+
 def pairs() -> dict[str, tuple[Callable, Callable, tuple]]:
     """Name -> the plain form, ours, and what they are called with."""
     wide = normal(8, 197, 1536)
@@ -79,7 +89,18 @@ def pairs() -> dict[str, tuple[Callable, Callable, tuple]]:
         *(value_and_gradients(partial(normalised, f)) for f in (pointwise, convolve)),
         (normal(*RESNET[:3], 256), x, kernel),
     )
+    for side, stride, channels in SMALL:
+        x, kernel = normal(8, side, side, channels), normal(3, 3, channels, channels)
+        out = normal(8, side // stride, side // stride, channels)
+        found[f"3x3 convolution {list(x.shape)}, stride {stride}"] = (
+            *(value_and_gradients(partial(f, stride=stride)) for f in (windows, padded)),
+            (out, x, kernel),
+        )
     return found
+
+
+def padded(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    return convolve(x, kernel, stride, padding=1)
 
 
 def normalised(convolution: Callable, x: jax.Array, kernel: jax.Array) -> jax.Array:

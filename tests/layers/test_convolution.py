@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from vit_jax.layers.convolution import DepthwiseConv, convolve, depthwise_conv
+from vit_jax.layers.convolution import Conv, DepthwiseConv, convolve, depthwise_conv
 
 # B, H, W, C, kernel, stride, padding: odd sizes, sizes that stride does not divide, single pixels.
 CASES = [
@@ -165,3 +166,67 @@ def test_same_padding_puts_the_odd_zero_behind():
     out = convolve(x, np.ones((3, 3, 1, 1)), 2)[0, :, :, 0]
     # Four rows need one zero, behind; five columns need one on each side.
     np.testing.assert_array_equal(out, [[6, 9, 6], [4, 6, 4]])
+
+
+@pytest.mark.parametrize(
+    ("size", "side", "stride", "padding", "dilation"),
+    [
+        ((2, 2), 3, 1, 1, 1),
+        ((1, 5), 3, 1, 1, 1),
+        ((1, 1), 3, 2, 1, 1),
+        ((4, 3), 3, 2, 1, 1),  # only the gradient would meet a map smaller than the kernel
+        ((5, 4), 3, 2, "SAME", 1),
+        ((2, 3), 3, 1, 2, 2),
+        ((6, 3), 7, 2, 3, 1),
+    ],
+)
+def test_few_pixels_give_the_plain_convolution_in_value_and_both_gradients(
+    size, side, stride, padding, dilation
+):
+    random = np.random.default_rng(3)
+    x, kernel = normal(random, 2, *size, 5), normal(random, side, side, 5, 4)
+
+    def plain(x, kernel):
+        pads = padding if isinstance(padding, str) else [(padding, padding)] * 2
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            pads,
+            rhs_dilation=(dilation, dilation),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    def ours(x, kernel):
+        return convolve(x, kernel, stride, padding, dilation)
+
+    direction = normal(random, *jax.eval_shape(plain, x, kernel).shape)
+
+    @partial(jax.jit, static_argnums=0)
+    def value_and_gradients(conv, x, kernel):
+        out, pull = jax.vjp(conv, x, kernel)
+        return out, pull(direction)
+
+    traced = value_and_gradients.trace(ours, x, kernel)
+    assert "convolution" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "convolution" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    got, wanted = value_and_gradients(ours, x, kernel), value_and_gradients(plain, x, kernel)
+    chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_map_with_as_many_pixels_as_the_kernel_stays_a_convolution():
+    x, kernel = jnp.ones((1, 3, 3, 2)), jnp.ones((3, 3, 2, 2))
+    lowered = jax.jit(partial(convolve, padding=1)).trace(x, kernel)
+    assert "convolution" in lowered.lower(lowering_platforms=("cpu",)).as_text()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_layer_is_that_of_flax(bias):
+    x = jnp.ones((2, 5, 8, 3), jnp.bfloat16)
+    ours = Conv(4, 3, 2, use_bias=bias, dtype=jnp.bfloat16)
+    theirs = nn.Conv(4, (3, 3), 2, 1, use_bias=bias, dtype=jnp.bfloat16)
+    (out, variables), (wanted, same) = (
+        layer.init_with_output(jax.random.key(0), x) for layer in (ours, theirs)
+    )
+    chex.assert_trees_all_equal((out, variables), (wanted, same))
+    chex.assert_trees_all_equal_dtypes((out, variables), (wanted, same))

@@ -10,8 +10,9 @@ import pytest
 
 from tests.golden import resnet as golden
 from vit_jax import programs
+from vit_jax.layers.convolution import Conv
 from vit_jax.models import resnet
-from vit_jax.models.resnet import Conv, FrozenBatchNorm, ResNet
+from vit_jax.models.resnet import FrozenBatchNorm, ResNet
 from vit_jax.pretrained import names
 from vit_jax.pretrained.families.resnet import HF
 
@@ -133,7 +134,9 @@ def test_training_moves_the_running_statistics_by_a_tenth():
     variables = random_variables(model, x, train=False)
     train = quick(partial(model.apply, train=True, mutable=["batch_stats"]))
     _, changed = train(variables, x)
-    given = quick(partial(Conv(2, 7, 2).apply))({"params": variables["params"]["root_conv"]}, x)
+    given = quick(Conv(2, 7, 2, use_bias=False).apply)(
+        {"params": variables["params"]["root_conv"]}, x
+    )
     before, after = variables["batch_stats"]["root_norm"], changed["batch_stats"]["root_norm"]
     wanted = {"mean": given.mean((0, 1, 2)), "var": given.var((0, 1, 2))}
     wanted = {k: 0.9 * before[k] + 0.1 * v for k, v in wanted.items()}

@@ -1,5 +1,7 @@
 """Convolutions in the form that the backend runs fastest."""
 
+import math
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -10,8 +12,16 @@ from flax import linen as nn
 from vit_jax.contracts import Array
 
 
-def convolve(x: Array, kernel: Array, stride: int = 1, padding: int | str = "SAME") -> jax.Array:
-    """A convolution, as a matrix product where the kernel has one pixel: twice as fast on a CPU.
+def convolve(
+    x: Array, kernel: Array, stride: int = 1, padding: int | str = "SAME", dilation: int = 1
+) -> jax.Array:
+    """A convolution, in a CPU's fastest form.
+
+    Where the kernel has one pixel that is a matrix product, on every backend: a CPU takes half the
+    time. Where the result has fewer pixels than the kernel, as the last maps of a network have on
+    small images, XLA leaves a CPU's library of convolutions, here or in the gradient, for loops
+    that take twenty times as long; there it is the product of all pixels that an output sees with
+    the kernel. That choice falls when the program is lowered for its platform.
 
     Args:
       x: [B, H, W, C].
@@ -20,6 +30,7 @@ def convolve(x: Array, kernel: Array, stride: int = 1, padding: int | str = "SAM
       padding: zeros on all four sides, in pixels; "SAME" is TensorFlow's, which gives
         ceil(H / stride) rows and puts the odd zero at the bottom and the right. PyTorch's networks
         pad k // 2 on all sides, which is another network where the stride is 2.
+      dilation: step between the pixels that the kernel sees, on both axes.
 
     Returns:
       [B, h, w, D] in the dtype of `x`.
@@ -30,11 +41,41 @@ def convolve(x: Array, kernel: Array, stride: int = 1, padding: int | str = "SAM
         # One list of pixels, as in `layers.dense`: the gradient of the kernel is a plain product.
         pixels = rearrange(x, "b h w c -> (b h w) c")
         return (pixels @ kernel[0, 0]).reshape(*x.shape[:3], kernel.shape[3])
-    if not isinstance(padding, str):
+    if isinstance(padding, str):
+        seen = [(side - 1) * dilation + 1 for side in kernel.shape[:2]]
+        padding = jax.lax.padtype_to_pads(x.shape[1:3], seen, (stride, stride), padding)
+    else:
         padding = [(padding, padding)] * 2
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    plain = partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(stride, stride),
+        padding=padding,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
+    size = jax.eval_shape(plain, x, kernel).shape[1:3]
+    if math.prod(size) >= math.prod(kernel.shape[:2]):
+        return plain(x, kernel)
+    product = partial(_product, stride=stride, padding=padding, dilation=dilation, size=size)
+    return jax.lax.platform_dependent(x, kernel, cpu=product, default=plain)
+
+
+def _product(
+    x: Array,
+    kernel: Array,
+    *,
+    stride: int,
+    padding: Sequence[tuple[int, int]],
+    dilation: int,
+    size: tuple[int, int],
+) -> jax.Array:
+    """One product of the pixels that each output sees, [B h w, k k C], with the kernel."""
+    padded = jnp.pad(x, [(0, 0), *padding, (0, 0)])
+    rows, columns = (range(0, side * dilation, dilation) for side in kernel.shape[:2])
+    seen = [_taps(padded, i, j, size, stride) for i in rows for j in columns]
+    seen = rearrange(seen, "k b h w c -> (b h w) (k c)")
+    weights = rearrange(kernel, "i j c d -> (i j c) d")
+    return (seen @ weights).reshape(x.shape[0], *size, kernel.shape[3])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -199,6 +240,42 @@ def _kernel_gradient(
 
 
 depthwise_conv.defvjp(_forward, _backward)
+
+
+class Conv(nn.Module):
+    """A convolution by `convolve`, with the parameters of `flax.linen.Conv`.
+
+    Attributes:
+      features: D.
+      kernel: side k of the square kernel.
+      stride: step between outputs, in pixels.
+      dilation: step between the pixels that the kernel sees.
+      padding: zeros on all four sides; None is k // 2 * dilation, as PyTorch's networks have it.
+      use_bias: whether a bias is added.
+      kernel_init: first values of the kernel.
+      dtype: of the computation; parameters stay float32.
+    """
+
+    features: int
+    kernel: int
+    stride: int = 1
+    dilation: int = 1
+    padding: int | None = None
+    use_bias: bool = True
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> jax.Array:
+        """[B, H, W, C] -> [B, h, w, D]; by default h = ceil(H / stride) with an odd kernel."""
+        shape = (self.kernel, self.kernel, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        padding = self.kernel // 2 * self.dilation if self.padding is None else self.padding
+        x = convolve(x.astype(self.dtype), kernel, self.stride, padding, self.dilation)
+        if not self.use_bias:
+            return x
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return x + bias.astype(x.dtype)[None, None, None]
 
 
 class DepthwiseConv(nn.Module):

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from vit_jax.contracts import Array
 from vit_jax.layers.activation import gelu
+from vit_jax.layers.convolution import Conv
 from vit_jax.layers.dense import Dense
 from vit_jax.layers.norm import BatchNorm, LayerNorm
 from vit_jax.layers.position import resize_matrix
@@ -97,8 +98,7 @@ class ConvNorm(nn.Module):
         if self.kernel == 1:
             x = Dense(self.features, **shared)(x)
         else:
-            side = (self.kernel, self.kernel)
-            x = nn.Conv(self.features, side, padding=self.kernel // 2, **shared)(x)
+            x = Conv(self.features, self.kernel, **shared)(x)
         x = BatchNorm(
             use_running_average=not train,
             momentum=self.momentum,
@@ -181,7 +181,5 @@ class PyramidLevel(nn.Module):
             x = double(channels // 4, "up2")(x)
         x = Dense(self.features, use_bias=False, dtype=self.dtype, name="conv1")(x)
         x = norm(name="norm1")(x)
-        x = nn.Conv(
-            self.features, (3, 3), padding=1, use_bias=False, dtype=self.dtype, name="conv2"
-        )(x)
+        x = Conv(self.features, 3, use_bias=False, dtype=self.dtype, name="conv2")(x)
         return norm(name="norm2")(x)

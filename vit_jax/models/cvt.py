@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from vit_jax.contracts import Array, Features
 from vit_jax.layers.attention import Attention
-from vit_jax.layers.convolution import DepthwiseConv
+from vit_jax.layers.convolution import Conv, DepthwiseConv
 from vit_jax.layers.norm import BatchNorm, LayerNorm
 from vit_jax.layers.transformer import DropPath, Mlp, apply_blocks, drop_path_rates
 
@@ -143,17 +143,17 @@ class CvTStage(nn.Module):
                 f"{smallest}x{smallest} that a token embedding with kernel={self.kernel} and "
                 f"padding={self.padding} needs"
             )
-        x = nn.Conv(
+        x = Conv(
             self.width,
-            (self.kernel, self.kernel),
-            (self.stride, self.stride),
-            padding=[(self.padding, self.padding)] * 2,
+            self.kernel,
+            self.stride,
+            padding=self.padding,
             dtype=self.dtype,
             name="embed",
         )(x)
         for i in range(1, self.embed_depth):
             x = nn.relu(_batch_norm(self.dtype, f"embed_bn_{i}", train=train)(x))
-            x = nn.Conv(self.width, (3, 3), padding=1, dtype=self.dtype, name=f"embed_{i}")(x)
+            x = Conv(self.width, 3, dtype=self.dtype, name=f"embed_{i}")(x)
         x = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="embed_norm")(x)
         size = x.shape[1:3]
         x = rearrange(x, "b h w c -> b (h w) c")

@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from vit_jax.contracts import Array
 from vit_jax.layers.attention import MASKED
+from vit_jax.layers.convolution import Conv
 from vit_jax.layers.dense import Dense
 from vit_jax.layers.norm import GroupNorm
 from vit_jax.layers.pyramid import nearest
@@ -83,9 +84,7 @@ class MaskHead(nn.Module):
         batch, queries = attention.shape[:2]
 
         def conv(x: jax.Array, features: int, name: str) -> jax.Array:
-            return nn.Conv(
-                features, (3, 3), padding=1, dtype=self.dtype, kernel_init=UNIFORM, name=name
-            )(x)
+            return Conv(features, 3, dtype=self.dtype, kernel_init=UNIFORM, name=name)(x)
 
         def block(x: jax.Array, features: int, i: int) -> jax.Array:
             x = conv(x, features, f"conv{i}")

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from vit_jax.contracts import Array, Features
 from vit_jax.errors import nearest
-from vit_jax.layers.convolution import convolve
+from vit_jax.layers.convolution import Conv
 from vit_jax.layers.lift import lift
 from vit_jax.layers.norm import BatchNorm
 from vit_jax.layers.pooling import max_pool
@@ -16,41 +16,6 @@ from vit_jax.layers.residual import BasicBlock, Bottleneck, ResidualStage
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 NORMS = ("batch", "frozen")
-
-
-class Conv(nn.Module):
-    """A convolution without bias, padded alike on all sides, as PyTorch's networks are.
-
-    Attributes:
-      features: D.
-      kernel: side of the square kernel.
-      stride: step between outputs, in pixels.
-      dilation: step between the pixels that the kernel sees.
-      dtype: of the computation; the kernel stays float32.
-    """
-
-    features: int
-    kernel: int
-    stride: int = 1
-    dilation: int = 1
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> jax.Array:
-        """[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), D]."""
-        shape = (self.kernel, self.kernel, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
-        x, padding = x.astype(self.dtype), self.kernel // 2 * self.dilation
-        if self.dilation == 1 or self.kernel == 1:
-            return convolve(x, kernel, self.stride, padding)
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel.astype(x.dtype),
-            (self.stride, self.stride),
-            [(padding, padding)] * 2,
-            rhs_dilation=(self.dilation, self.dilation),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
 
 
 class FrozenBatchNorm(nn.Module):
@@ -141,7 +106,9 @@ class ResNet(nn.Module):
             raise ValueError(
                 f"depths={tuple(self.depths)} must name at least one block for each stage"
             )
-        conv = partial(Conv, dtype=self.dtype)
+        conv = partial(
+            Conv, use_bias=False, kernel_init=nn.initializers.he_normal(), dtype=self.dtype
+        )
         norm = partial(FrozenBatchNorm, epsilon=self.epsilon, dtype=self.dtype)
         if self.norm == "batch":
             norm = partial(
