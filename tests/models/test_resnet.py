@@ -10,6 +10,7 @@ import pytest
 
 from tests.golden import resnet as golden
 from vit_jax import programs
+from vit_jax.layers import portions
 from vit_jax.layers.convolution import Conv
 from vit_jax.models import resnet
 from vit_jax.models.resnet import FrozenBatchNorm, ResNet
@@ -174,6 +175,37 @@ def test_remat_changes_no_gradient():
     chex.assert_trees_all_close(
         gradient(model.clone(remat=True)), gradient(model), rtol=1e-3, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("norm", resnet.NORMS)
+def test_early_stages_by_portions_are_those_of_the_whole_batch(norm, monkeypatch):
+    model = ResNet(width=2, depths=(1, 1, 1), block="basic", norm=norm, dilation=2)
+    x = draw(4, 33, 18, 3)
+    variables = random_variables(model, x, train=False)
+
+    def run(x, variables):
+        out = model.apply(variables, x, train=False)
+        return jnp.sin(out.pooled).sum(), out
+
+    results = []
+    for largest in (2 * 2 * 16 * 9 * 4, 0):  # two pictures at a time, and all at once
+        monkeypatch.setattr(portions, "LARGEST", largest)
+        function = jax.value_and_grad(lambda *args: run(*args), has_aux=True)
+        traced = jax.jit(function).trace(x, variables)
+        loops = "stablehlo.while" in traced.lower(lowering_platforms=("cpu",)).as_text()
+        assert loops == (largest > 0)
+        results.append(quick(function)(x, variables))
+    chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_who_looks_into_the_stages_sees_all_of_them():
+    model = ResNet(width=2, depths=(1, 1, 1), block="basic")
+    x = draw(2, 16, 20, 3)
+    apply = partial(model.apply, train=False, capture_intermediates=True)
+    variables = random_variables(model, x, train=False)
+    _, seen = jax.eval_shape(apply, variables, x)
+    names = {"root_conv", "root_norm", "stage_1", "stage_2", "stage_3", "__call__"}
+    assert set(seen["intermediates"]) == names
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="says how a CPU's compiler fuses")

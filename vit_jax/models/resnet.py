@@ -12,10 +12,14 @@ from vit_jax.layers.convolution import Conv
 from vit_jax.layers.lift import lift
 from vit_jax.layers.norm import BatchNorm
 from vit_jax.layers.pooling import max_pool
+from vit_jax.layers.portions import in_portions
 from vit_jax.layers.residual import BasicBlock, Bottleneck, ResidualStage
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 NORMS = ("batch", "frozen")
+# Stages whose maps are larger than their weights: those that inference makes of a few pictures at
+# a time.
+EARLY = 2
 
 
 class FrozenBatchNorm(nn.Module):
@@ -106,6 +110,7 @@ class ResNet(nn.Module):
             raise ValueError(
                 f"depths={tuple(self.depths)} must name at least one block for each stage"
             )
+        maps = self._early(image) if self._alone(train) else []
         conv = partial(
             Conv, use_bias=False, kernel_init=nn.initializers.he_normal(), dtype=self.dtype
         )
@@ -118,15 +123,17 @@ class ResNet(nn.Module):
                 epsilon=self.epsilon,
                 dtype=self.dtype,
             )
-        x = conv(self.width, 7, 2, name="root_conv")(image)
-        x = nn.relu(norm(name="root_norm")(x))
-        x = max_pool(x)
-        maps = []
-        for i, depth in enumerate(self.depths):
+        if maps:
+            x = maps[-1]
+        else:
+            x = conv(self.width, 7, 2, name="root_conv")(image)
+            x = nn.relu(norm(name="root_norm")(x))
+            x = max_pool(x)
+        for i in range(len(maps), len(self.depths)):
             dilation = self.dilation if i == len(self.depths) - 1 else 1
             x = ResidualStage(
                 self.width * 2**i,
-                depth,
+                self.depths[i],
                 conv,
                 norm,
                 stride=1 if i == 0 or dilation > 1 else 2,
@@ -137,6 +144,22 @@ class ResNet(nn.Module):
             )(x)
             maps.append(x)
         return Features(maps=tuple(maps), pooled=x.mean((1, 2)))
+
+    def _alone(self, train: bool) -> bool:
+        """Whether no picture's maps depend on another's, and nobody looks into the stages."""
+        looked_into = self.is_initializing() or self.is_mutable_collection("intermediates")
+        return not train and not looked_into and len(self.depths) > EARLY
+
+    def _early(self, image: Array) -> list[jax.Array]:
+        """The maps of the first stages, which are large, from a few pictures at a time."""
+        early = self.clone(depths=self.depths[:EARLY], dilation=1, parent=None, name=None)
+
+        def maps(image: Array) -> tuple[Array, ...]:
+            return early.apply(self.variables, image, train=False).maps
+
+        _, height, width, _ = image.shape
+        root = self.width * (height // 2) * (width // 2) * jnp.dtype(self.dtype).itemsize
+        return list(in_portions(maps, image, root))
 
 
 resnet_18 = partial(ResNet, depths=(2, 2, 2, 2), block="basic")
