@@ -1,4 +1,4 @@
-"""What is each form of a hot place worth here? Value and gradients, beside the plain form.
+"""What is each form of a hot place worth here? Beside the plain form, mostly with gradients.
 
     python experiments/benchmarks/forms.py
 
@@ -26,6 +26,8 @@ NORMS = 6  # in a row: one alone is mostly the reading of its input
 VIT, SWIN, RESNET = (8, 197, 384), (8, 56, 56, 96), (8, 56, 56, 64)  # of B 8, 224x224 pixels
 # Side, stride and channels of what ResNet-50 convolves last, of 64x64 and 32x32 pixels.
 SMALL = ((2, 1, 512), (4, 2, 512), (2, 2, 512), (1, 1, 512))
+# Of ResNet-50, of UPerNet's pyramid of 224x224 pixels, and its last sum of that.
+LARGE = (((8, 14, 14, 256), 256), ((1, 56, 56, 512), 512), ((1, 56, 56, 2048), 512))
 
 
 def normal(*shape: int) -> jax.Array:
@@ -95,6 +97,12 @@ def pairs() -> dict[str, tuple[Callable, Callable, tuple]]:
         found[f"3x3 convolution {list(x.shape)}, stride {stride}"] = (
             *(value_and_gradients(partial(f, stride=stride)) for f in (windows, padded)),
             (out, x, kernel),
+        )
+    for shape, channels in LARGE:
+        x, kernel = normal(*shape), normal(3, 3, shape[-1], channels) / 50
+        found[f"3x3 convolution {list(shape)} to {channels}, value only"] = (
+            *(partial(f, stride=1) for f in (windows, padded)),
+            (x, kernel),
         )
     return found
 

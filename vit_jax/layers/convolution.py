@@ -10,6 +10,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from vit_jax.contracts import Array
+from vit_jax.layers.winograd import pays, winograd
 
 
 def convolve(
@@ -46,6 +47,9 @@ def convolve(
         padding = jax.lax.padtype_to_pads(x.shape[1:3], seen, (stride, stride), padding)
     else:
         padding = [(padding, padding)] * 2
+    same = stride == dilation == 1 and list(padding) == [(1, 1), (1, 1)]
+    if same and pays(x, kernel):
+        return winograd(x, kernel)
     plain = partial(
         jax.lax.conv_general_dilated,
         window_strides=(stride, stride),

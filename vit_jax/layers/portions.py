@@ -37,7 +37,7 @@ def in_portions(apply: Callable[[Array], Result], x: Array, largest: int) -> Res
     size = portion(rows, LARGEST // largest)
     if size == rows:
         return apply(x)
-    return jax.lax.platform_dependent(x, cpu=partial(_looped, apply, size=size), default=apply)
+    return jax.lax.platform_dependent(x, cpu=partial(looped, apply, size=size), default=apply)
 
 
 def portion(rows: int, most: int) -> int:
@@ -46,7 +46,8 @@ def portion(rows: int, most: int) -> int:
     return size if size > max(1, most // 2) else rows
 
 
-def _looped(apply: Callable[[Array], Result], x: Array, *, size: int) -> Result:
+def looped(apply: Callable[[Array], Result], x: Array, size: int) -> Result:
+    """`apply(x)` by portions of `size` rows, which divides them; see `in_portions`."""
     portions = x.reshape(-1, size, *x.shape[1:])
     results = jax.lax.map(apply, portions)
     return jax.tree.map(lambda y: y.reshape(x.shape[0], *y.shape[2:]), results)
