@@ -188,7 +188,7 @@ def test_early_stages_by_portions_are_those_of_the_whole_batch(norm, monkeypatch
         return jnp.sin(out.pooled).sum(), out
 
     results = []
-    for largest in (2 * 2 * 16 * 9 * 4, 0):  # two pictures at a time, and all at once
+    for largest in (2 * 2 * 17 * 9 * 4, 0):  # two pictures at a time, and all at once
         monkeypatch.setattr(portions, "LARGEST", largest)
         function = jax.value_and_grad(lambda *args: run(*args), has_aux=True)
         traced = jax.jit(function).trace(x, variables)
@@ -196,6 +196,14 @@ def test_early_stages_by_portions_are_those_of_the_whole_batch(norm, monkeypatch
         assert loops == (largest > 0)
         results.append(quick(function)(x, variables))
     chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_an_image_may_be_one_pixel_high():
+    model = ResNet(width=2, depths=(1, 1, 1), block="basic")
+    x = draw(2, 1, 40, 3)
+    variables = random_variables(model, x, train=False)
+    out = jax.eval_shape(partial(model.apply, train=False), variables, x)
+    assert [m.shape[1:3] for m in out.maps] == [(1, 10), (1, 5), (1, 3)]
 
 
 def test_who_looks_into_the_stages_sees_all_of_them():

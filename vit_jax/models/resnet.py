@@ -158,7 +158,8 @@ class ResNet(nn.Module):
             return early.apply(self.variables, image, train=False).maps
 
         _, height, width, _ = image.shape
-        root = self.width * (height // 2) * (width // 2) * jnp.dtype(self.dtype).itemsize
+        pixels = -(-height // 2) * -(-width // 2)
+        root = self.width * pixels * jnp.dtype(self.dtype).itemsize
         return list(in_portions(maps, image, root))
 
 
