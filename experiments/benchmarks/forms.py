@@ -100,10 +100,11 @@ def pairs() -> dict[str, tuple[Callable, Callable, tuple]]:
         )
     for shape, channels in LARGE:
         x, kernel = normal(*shape), normal(3, 3, shape[-1], channels) / 50
-        found[f"3x3 convolution {list(shape)} to {channels}, value only"] = (
-            *(partial(f, stride=1) for f in (windows, padded)),
-            (x, kernel),
-        )
+        name = f"3x3 convolution {list(shape)} to {channels}"
+        forms = [partial(f, stride=1) for f in (windows, padded)]
+        found[f"{name}, value only"] = (*forms, (x, kernel))
+        out = normal(*shape[:3], channels)
+        found[name] = (*(value_and_gradients(f) for f in forms), (out, x, kernel))
     return found
 
 
@@ -132,9 +133,9 @@ def products() -> dict[str, tuple[Callable, tuple]]:
             value_and_gradients(dense),
             (normal(1576, 1536), rows, normal(384, 1536)),
         ),
-        "3x3 convolution [8, 28, 28, 128]": (
+        f"3x3 convolution {list(RESNET)}": (
             value_and_gradients(partial(convolve, padding=1)),
-            (normal(8, 28, 28, 128), normal(8, 28, 28, 128), normal(3, 3, 128, 128)),
+            (normal(*RESNET), normal(*RESNET), normal(3, 3, 64, 64)),
         ),
         "heads [8, 6, 197, 64]": (
             value_and_gradients(heads),
