@@ -1,7 +1,10 @@
 import json
 import os
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 
 import jax
@@ -167,6 +170,48 @@ def test_a_peer_that_fails_in_its_turn_is_dropped_and_ours_is_an_error():
         benchmark.measure(ORDER, {"ours": Answers([1.0])}, **TURNS)
 
 
+def test_benchmarks_that_share_turns_let_peers_compile_together_and_time_alone(
+    monkeypatch, tmp_path
+):
+    both, device, heard = threading.Barrier(2), threading.Lock(), []
+
+    class Peer(Answers):
+        def ask(self, do, **order):
+            if do == "prepare":
+                heard.append(order["published"]["model_type"])
+                both.wait(timeout=20)  # each is prepared while the other is
+            return {"flops": 1.0} if do == "rate" else super().ask(do, **order)
+
+    class Alone(Peer):
+        def ask(self, do, **order):
+            assert device.acquire(blocking=False)
+            time.sleep(0.01)
+            device.release()
+            return {"flops": 1.0} if do == "rate" else Answers.ask(self, do, **order)
+
+    @contextmanager
+    def workers(options):
+        yield {"ours": Alone([1.0], [1.0], flops=1e9), "peer": Peer([2.0], [2.0])}
+
+    monkeypatch.setattr(benchmark, "_workers", workers)
+    line = ["vit_ti16", "--work=inference", "--rounds=2", "--peer=transformers"]
+    options, _ = benchmark.parse([*line, f"--turns={tmp_path / 'turns'}"])
+    with ThreadPoolExecutor(2) as pool:
+        waits = [pool.submit(benchmark.benchmark, options, None, lambda text: None) for _ in "ab"]
+    for wait in waits:
+        (row,) = wait.result()["rows"]
+        assert row["ratios"] == {"peer": [2.0, 2.0, 2.0]}
+    assert heard == ["vit", "vit"]
+
+
+def test_what_a_peer_could_not_prepare_ahead_is_tried_again_with_half_the_batch():
+    workers = {"ours": Answers([1.0], [1.0], flops=1e9), "peer": Answers([1.0], [1.0])}
+    ready = {"peer": WorkerError("too much", "memory")}
+    row = benchmark.measure(ORDER, workers, **TURNS, ready=ready)
+    assert row["batch_size"] == 4
+    assert [order["batch_size"] for do, order in workers["peer"].orders if do == "prepare"] == [4]
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -181,6 +226,7 @@ def test_a_peer_that_fails_in_its_turn_is_dropped_and_ours_is_an_error():
         (["vit_s16", "--peer=keras"], "keras"),
         (["vit_s16", "--rounds=0"], "at least 1"),
         (["vit_s16", "--set", "scan"], "NAME=VALUE"),
+        (["vit_s16", "--turns=file"], "beside a --peer"),
         (["--config=configs/vit.py:tiny", "--work=input", "--peer=timm"], "--pictures=FOLDER"),
         (["--config=configs/vit.py:tiny", "--work=input", "--peer=transformers"], "--peer=timm"),
     ],

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ MODEL...       names of vit_jax.list_models(), at --image_size=224; or --config 
                all; --peer_python=PATH is a Python that has it, if this one has not
 --modes        of the peer: eager, compiled, or both with a comma
 --seconds      each turn lasts, at least one step; --rounds of turns
+--turns        a file, the same for several of these commands started at once: their peers compile
+               together, and all else is done by one after the other
 --pictures     a folder whose pictures stand in for a config's data in "input"
 --json         all numbers, for programs
 
@@ -52,6 +54,7 @@ memory         what the compiler says it needs, or the device's peak; of a peer 
 input          one batch after the other in a single thread, a core's worth; a config's mixing of
                pictures is left out
 """
+Answer = dict[str, Any] | WorkerError
 WORKS = ("training", "inference", "input")
 PEERS, MODES = ("transformers", "timm"), ("eager", "compiled")
 DTYPES = ("float32", "bfloat16")
@@ -77,6 +80,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any] | None]:
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--turns", default="")
     parser.add_argument("--pictures", default="")
     parser.add_argument("--json", action="store_true")
     mine = [a for a in argv if not a.lstrip("-").startswith("config")]
@@ -92,6 +96,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any] | None]:
         raise ConfigError("--work=input needs a --config, which says what is read and how")
     if "input" in options.work and options.peer == "transformers":
         raise ConfigError("--work=input is compared with --peer=timm")
+    if options.turns and (config or not options.peer):
+        raise ConfigError("--turns is for models by their names, beside a --peer")
     if options.pictures and not Path(options.pictures).is_dir():
         raise DataError(f"--pictures={options.pictures}: there is no such folder")
     if "input" in options.work and options.peer and not options.pictures:
@@ -170,6 +176,7 @@ def measure(
     rounds: int,
     seconds: float,
     say: Callable[[str], None],
+    ready: Mapping[str, Answer] | None = None,
 ) -> dict[str, Any]:
     """One piece of work by all workers in turns.
 
@@ -179,6 +186,7 @@ def measure(
       rounds: how often each has its turn.
       seconds: that a turn lasts.
       say: is told what is going on.
+      ready: what workers that are prepared for it have said.
 
     Returns:
       {"work", "batch_size", ..., "sides": {name: {"times", "images_per_second", "median",
@@ -192,9 +200,10 @@ def measure(
     order, sides = dict(order), {}
     while True:
         try:
-            sides = _prepare(order, workers, say)
+            sides = _prepare(order, workers, say, ready or {})
             break
         except MemoryError:
+            ready = None
             if order["batch_size"] == 1:
                 raise OutOfMemoryError(f"{_title(order)}: not even one picture fits") from None
             order["batch_size"] //= 2
@@ -228,28 +237,70 @@ def measure(
 
 
 def _prepare(
-    order: Mapping[str, Any], workers: Mapping[str, Worker], say: Callable[[str], None]
+    order: Mapping[str, Any],
+    workers: Mapping[str, Worker],
+    say: Callable[[str], None],
+    ready: Mapping[str, Answer],
 ) -> dict[str, dict[str, Any]]:
     """What each side says of the order; MemoryError if it is too much for one of them."""
     sides: dict[str, dict[str, Any]] = {}
     published = None
     for name, worker in workers.items():
-        say(f"compiling: {name}")
-        given = dict(order)
-        if name != "ours":
-            given.pop("config", None)
-            given["published"] = published
-        try:
-            sides[name] = worker.ask(do="prepare", **given)
-        except WorkerError as error:
-            if error.kind == "memory":
-                raise MemoryError(str(error)) from error
+        answer = ready.get(name)
+        if answer is None:
+            say(f"compiling: {name}")
+            peers = {k: v for k, v in order.items() if k != "config"} | {"published": published}
+            answer = _answer(worker, order if name == "ours" else peers)
+        if isinstance(answer, WorkerError):
+            if answer.kind == "memory":
+                raise MemoryError(str(answer)) from answer
             if name == "ours":
-                kind = ConfigError if error.kind == "wrong" else RuntimeError
-                raise kind(str(error)) from error
-            sides[name] = {"error": str(error)}
+                kind = ConfigError if answer.kind == "wrong" else RuntimeError
+                raise kind(str(answer)) from answer
+            answer = {"error": str(answer)}
+        sides[name] = answer
         published = sides[name].pop("published", published)
     return sides
+
+
+def _answer(worker: Worker, order: Mapping[str, Any]) -> Answer:
+    try:
+        return worker.ask(do="prepare", **order)
+    except WorkerError as error:
+        return error
+
+
+def _peers_ahead(order: Mapping[str, Any], workers: Mapping[str, Worker]) -> dict[str, Answer]:
+    """What the peers say of the order of a model by its name, before our side has been asked."""
+    from vit_jax import workload  # and JAX, which this process needs for nothing else
+
+    size, fields = tuple(order["image_size"]), order["fields"]
+    module = workload.model_of(order["model"], order["dtype"], size, fields)
+    given = {**order, "published": workload.published(module)}
+    return {name: _answer(worker, given) for name, worker in workers.items() if name != "ours"}
+
+
+class _Turns:
+    """One file that several benchmarks lock: some work is done together, the rest alone."""
+
+    def __init__(self, path: str):
+        self._path = path
+
+    def together(self) -> AbstractContextManager[None]:
+        """Beside others that do the same."""
+        return self._locked(alone=False)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """While none of the others does either."""
+        return self._locked(alone=True) if self._path else nullcontext()
+
+    @contextmanager
+    def _locked(self, alone: bool) -> Iterator[None]:
+        import fcntl  # not on Windows
+
+        with open(self._path, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            yield
 
 
 def _statistics(times: list[list[float]], batch_size: int) -> dict[str, Any]:
@@ -295,27 +346,33 @@ def benchmark(
 ) -> dict[str, Any]:
     """All that was asked for; each row is shown as soon as it is there."""
     rows: list[dict[str, Any]] = []
+    turns, rates, ready = _Turns(options.turns), {}, {}
     with _workers(options) as workers:
-        dtype = options.dtype if config is None else config["dtype"]
-        rates: dict[str, float] = {}
-        if options.work != ("input",):
-            say(f"measuring the machine: products of large matrices in {dtype}")
-            rates = {n: workers[n].ask(do="rate", dtype=dtype)["flops"] for n in workers}
-        machine = {"python": platform.python_version(), "cores": os.cpu_count()}
-        machine |= {"processor": processor(), "system": platform.machine()}
-        machine |= {"commit": _commit(), "flops": rates}
         for order in orders(options, config):
             told = f"{_title(order)}: "
-            row = measure(
-                order,
-                workers,
-                rounds=options.rounds,
-                seconds=options.seconds,
-                say=lambda text, told=told: say(told + text),
-            )
+            if options.turns:
+                with turns.together():
+                    say(f"{told}compiling, beside others: {', '.join([*workers][1:])}")
+                    ready = _peers_ahead(order, workers)
+            with turns.alone():
+                if not rates and options.work != ("input",):
+                    say(f"measuring the machine: products of large matrices in {order['dtype']}")
+                    of = {"do": "rate", "dtype": order["dtype"]}
+                    rates = {name: worker.ask(**of)["flops"] for name, worker in workers.items()}
+                row = measure(
+                    order,
+                    workers,
+                    rounds=options.rounds,
+                    seconds=options.seconds,
+                    say=lambda text, told=told: say(told + text),
+                    ready=ready,
+                )
             _add_share(row, rates)
             rows.append(row)
             show(row)
+    machine = {"python": platform.python_version(), "cores": os.cpu_count()}
+    machine |= {"processor": processor(), "system": platform.machine()}
+    machine |= {"commit": _commit(), "flops": rates}
     return {"machine": machine, "rows": rows}
 
 

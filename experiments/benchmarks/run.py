@@ -3,7 +3,7 @@
     python experiments/benchmarks/run.py cpu --peer_python=PATH [--only=training]
     python experiments/benchmarks/run.py input --peer_python=PATH --pictures=FOLDER
     python experiments/benchmarks/run.py start
-    python experiments/benchmarks/run.py gpu --peer_python=PATH
+    python experiments/benchmarks/run.py gpu --peer_python=PATH [--attention=fused]
 
 PATH is a Python with torch, transformers and timm. Each part writes its numbers to result.json and
 draws all of them again, so that parts can be run on their own; what is there is kept, other
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,19 +36,23 @@ LARGE = ("vit_b16", "vit_l16", "swin_t", "swin_b", "cvt_13")
 STARTS = 5  # of the command, cold and warm
 
 
-def benchmark(*options: str, attention: str = "plain") -> list[dict]:
-    """Rows of one `vit_jax.benchmark`, with a form of attention."""
-    line = [sys.executable, "-m", "vit_jax.benchmark", *options, "--json"]
-    print(" ".join(line[1:]), flush=True)
-    chosen = {"VIT_JAX_ATTENTION": attention}
-    done = subprocess.run(
-        line, stdout=subprocess.PIPE, env=os.environ | chosen, text=True, check=True
-    )
-    found = json.loads(done.stdout)
+def benchmark(*options: str) -> list[dict]:
+    """Rows of one `vit_jax.benchmark`."""
+    done = subprocess.run(line(*options), stdout=subprocess.PIPE, text=True, check=True)
+    return rows_of(done.stdout)
+
+
+def line(*options: str) -> list[str]:
+    """A command of `vit_jax.benchmark`."""
+    print("vit_jax.benchmark", *options, flush=True)
+    return [sys.executable, "-m", "vit_jax.benchmark", *options, "--json"]
+
+
+def rows_of(text: str) -> list[dict]:
+    """What it has found."""
+    found = json.loads(text)
     for row in found["rows"]:
         row.pop("pictures", None)  # where they lie on this machine says nothing elsewhere
-        if attention != "plain":
-            row["attention"] = attention
     return [row | {"machine": found["machine"]} for row in found["rows"]]
 
 
@@ -66,20 +71,47 @@ def cpu(options: argparse.Namespace) -> list[dict]:
 
 
 def gpu(options: argparse.Namespace) -> list[dict]:
-    """Training and inference in bfloat16, of batches that fill the device; ours in both forms of
-    attention, of which only the plain one is compared.
+    """Training and inference in bfloat16, of batches that fill the device.
+
+    All start at once: PyTorch compiles for as long as each of the others together, and what is
+    timed is alone on the device. What has not ended after --minutes is ended, and told.
     """
-    rows = []
-    work = [f"--work={options.only}", "--dtype=bfloat16", "--batch_size=128"]
-    for attention in ("plain", "fused"):  # what is compared first, should the time run out
+    end = time.monotonic() + 60 * options.minutes
+    common = ["--dtype=bfloat16", f"--batch_size={options.batch_size}", "--modes=compiled"]
+    common += ["--seconds=1", "--rounds=3", f"--peer_python={options.peer_python}"]
+    chosen = os.environ | {"VIT_JAX_ATTENTION": options.attention}
+    # Each of the peers has as many processes of its own as this says.
+    chosen |= {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    processes, rows = {}, []
+    with tempfile.TemporaryDirectory() as folder:
         for model in options.models or LARGE:
-            line = [model, *ALIKE.get(model, []), *work, "--seconds=1", "--rounds=3"]
-            if attention == "plain":
-                library = "transformers" if model.startswith("cvt") else "timm"
-                line += [f"--peer={library}", f"--peer_python={options.peer_python}"]
-                line += ["--modes=compiled"]
-            rows += benchmark(*line, attention=attention)
-            keep("gpu", rows)
+            library = "transformers" if model.startswith("cvt") else "timm"
+            given = [*ALIKE.get(model, []), *common, f"--peer={library}", f"--turns={folder}/turns"]
+            for work in options.only.split(","):
+                processes[f"{model}, {work}"] = subprocess.Popen(
+                    line(model, f"--work={work}", *given),
+                    stdout=subprocess.PIPE,
+                    env=chosen,
+                    text=True,
+                    start_new_session=True,  # to be ended with all that it has started
+                )
+        try:
+            for title, process in processes.items():
+                try:
+                    text, _ = process.communicate(timeout=max(end - time.monotonic(), 0.1))
+                except subprocess.TimeoutExpired:
+                    print(f"{title}: not done in {options.minutes:g} minutes", flush=True)
+                    continue
+                if process.returncode:
+                    print(f"{title}: failed, as said above", flush=True)
+                    continue
+                rows += [row | {"attention": options.attention} for row in rows_of(text)]
+                keep("gpu", rows)
+        finally:
+            for process in processes.values():
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.communicate()
     return rows
 
 
@@ -139,11 +171,17 @@ def keep(part: str, rows: list[dict]) -> None:
 
     def title(row: dict) -> tuple:
         keys = ("model", "work", "batch_size", "dtype", "start", "attention")
-        return (row["machine"]["processor"], *(row.get(k) for k in keys))
+        return (device(row), *(row.get(k) for k in keys))
 
     new = {title(row) for row in rows}
     found[part] = [row for row in found.get(part, []) if title(row) not in new] + rows
     RESULT.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def device(row: dict) -> str:
+    """What it ran on: the accelerator's name, or the processor's."""
+    kind = row.get("sides", {}).get("ours", {}).get("device", "cpu")
+    return row["machine"]["processor"] if kind == "cpu" else kind
 
 
 def best(row: dict) -> tuple[str, float] | None:
@@ -155,15 +193,16 @@ def best(row: dict) -> tuple[str, float] | None:
 
 def table(found: dict) -> str:
     """All numbers in Markdown."""
-    heads = ("processor", "work", "batch", "ours, images/s", "faster peer, images/s", "ratio")
+    heads = ("machine", "work", "batch", "ours, images/s", "of its rate")
+    heads += ("faster peer, images/s", "ratio")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for part in ("cpu", "gpu", "input"):
         for row in found.get(part, []):
             ours, name = row["sides"]["ours"], best(row)
             title = f"{row.get('model') or 'ImageNet pipeline'}, {row['work']}, {row['dtype']}"
-            title += f", attention by {row['attention']}" if "attention" in row else ""
-            cells = [row["machine"]["processor"], title, row["batch_size"]]
-            cells.append(f"{ours['images_per_second']:.3g}")
+            title += f", {row['attention']} attention" if "attention" in row else ""
+            cells = [device(row), title, row["batch_size"], f"{ours['images_per_second']:.3g}"]
+            cells.append(f"{ours['of_machine']:.0%}" if "of_machine" in ours else "")
             if name:
                 theirs = row["sides"][name[0]]["images_per_second"]
                 cells += [f"{theirs:.3g} ({name[0]})", f"**{name[1]:.2f}**"]
@@ -173,7 +212,7 @@ def table(found: dict) -> str:
     for row in found.get("start", []):
         middle = statistics.median(row["seconds"])
         title = f"`configs/cvt.py`, {row['start']}, to the first step"
-        lines.append(f"| {row['machine']['processor']} | {title} | 64 | {middle:.1f} s | | |")
+        lines.append(f"| {device(row)} | {title} | 64 | {middle:.1f} s | | | |")
     return "\n".join(lines)
 
 
@@ -182,7 +221,8 @@ def draw(found: dict) -> None:
     panels: dict[str, dict[str, float]] = {}
     for row in (r for part in ("cpu", "gpu", "input") for r in found.get(part, []) if best(r)):
         name = f"{row.get('model') or 'pipeline'}, {row['work']}, {row['batch_size']}"
-        panels.setdefault(row["machine"]["processor"], {})[name] = best(row)[1]
+        name += ", fused attention" if row.get("attention") == "fused" else ""
+        panels.setdefault(device(row), {})[name] = best(row)[1]
     if not panels:
         return
     names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
@@ -210,6 +250,10 @@ def main() -> None:
     parser.add_argument("--pictures", default="")
     parser.add_argument("--only", default="training,inference")
     parser.add_argument("--models", nargs="*", default=())
+    # Of the GPU's part.
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--attention", choices=("plain", "fused"), default="plain")
     options = parser.parse_args()
     if options.part != "draw":
         keep(options.part, PARTS[options.part](options))
